@@ -1,0 +1,1 @@
+"""Cheap variants: adapters beside frozen weights."""

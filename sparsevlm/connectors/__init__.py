@@ -1,0 +1,1 @@
+"""Connector blocks: each maps `VisualTokens` to `VisualTokens`, one file a block."""

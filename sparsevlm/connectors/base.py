@@ -1,0 +1,83 @@
+"""What a connector block is: a spec that knows arithmetic and a module that knows tensors.
+
+The processor counts placeholder tokens from specs alone, so a spec's `output_grid` is the contract: for every grid and
+kind it must name exactly the grid that the module returns, whatever the pixel values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from sparsevlm.registry import CONNECTOR_BLOCKS
+from sparsevlm.vision.tokens import Grid, MediaKind
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class BlockSpec(BaseModel):
+    """Base of all connector block specs; a subclass declares its options as fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    type: str
+    """Registered name of the block."""
+
+    parameter_free: ClassVar[bool] = False
+    """True when the module holds no parameter."""
+
+    def output_grid(self, grid: Grid, kind: MediaKind) -> Grid:
+        """Return the grid that an item of ``grid`` and ``kind`` leaves the block with.
+
+        Raises:
+            ValueError: The block cannot take such a grid; the message says which sizes it takes.
+        """
+        return grid
+
+    def output_dim(self, input_dim: int, text_dim: int) -> int:
+        """Return the feature width after the block, given the width before it and the language model's."""
+        return input_dim
+
+    def build(self, input_dim: int, text_dim: int) -> nn.Module:
+        """Return the module, ``forward(tokens: VisualTokens) -> VisualTokens``.
+
+        The module initialises its own parameters (language-model style re-initialisation never reaches it).
+        """
+        raise NotImplementedError
+
+
+def parse_block(raw: Any) -> BlockSpec:
+    """Turn ``{"type": name, ...}`` into the spec registered under that name.
+
+    Raises:
+        UnknownNameError: No block of that type.
+        pydantic.ValidationError: An option is unknown or wrong.
+    """
+    if isinstance(raw, BlockSpec):
+        return raw
+    if not isinstance(raw, dict) or not isinstance(raw.get("type"), str):
+        raise ValueError(f"a connector block is a mapping with a 'type', got {raw!r}")
+    return CONNECTOR_BLOCKS.get(raw["type"]).model_validate(raw)
+
+
+def parse_connector(raw: Sequence[Any]) -> list[BlockSpec]:
+    """Parse a recipe's connector list."""
+    return [parse_block(block) for block in raw]
+
+
+def connector_grid(specs: Sequence[BlockSpec], grid: Grid, kind: MediaKind) -> Grid:
+    """Return the grid after all blocks; its `num_tokens` is what the processor writes into the prompt."""
+    for spec in specs:
+        grid = spec.output_grid(grid, kind)
+    return grid
+
+
+def connector_dims(specs: Sequence[BlockSpec], input_dim: int, text_dim: int) -> list[int]:
+    """Return the feature width before the first block and after each: ``len(specs) + 1`` numbers."""
+    dims = [input_dim]
+    for spec in specs:
+        dims.append(spec.output_dim(dims[-1], text_dim))
+    return dims

@@ -1,0 +1,1 @@
+"""Merge, native export, upload."""

@@ -1,0 +1,1 @@
+"""How visual tokens reach the language model."""

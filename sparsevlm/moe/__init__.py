@@ -1,0 +1,1 @@
+"""Routed experts: router, experts, block, losses, upcycling."""

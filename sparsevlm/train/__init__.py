@@ -1,0 +1,1 @@
+"""Stages, from plan to saved directory."""
