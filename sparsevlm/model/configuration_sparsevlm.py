@@ -1,0 +1,56 @@
+"""Configuration of the unified model: everything that the model's `__init__` needs to rebuild itself."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+@strict
+class SparseVLMConfig(PreTrainedConfig):
+    """Vision tower, connector, language model and what was done to them.
+
+    Args:
+        vision_config: Configuration of the vision tower (any that `AutoModel` builds).
+        text_config: Configuration of the language model (any that `AutoModel` builds as a decoder).
+        connector: Connector blocks in order, each ``{"type": name, **options}``.
+        vision_feature_layer: Hidden layer (or layers, concatenated) of the tower whose features are taken.
+        vision_feature_select: ``"patch"`` drops the tower's prefix tokens (CLS, registers), ``"full"`` keeps them.
+        image_token_id: Id that stands for one visual token of an image.
+        video_token_id: Id that stands for one visual token of a video.
+        moe: None for a dense model, else ``{"layers": [...], "num_experts": E, "num_experts_per_tok": k,
+            "router_aux_loss_coef": c, ...}``; the text configuration carries the same numbers under the names that
+            trl and transformers look for.
+        lm_head_bias: The head has a bias (Phi's does).
+    """
+
+    model_type = "sparsevlm"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    connector: list[dict[str, Any]] | None = None
+    vision_feature_layer: int | list[int] = -1
+    vision_feature_select: Literal["patch", "full"] = "patch"
+    image_token_id: int = 0
+    video_token_id: int = 1
+    moe: dict[str, Any] | None = None
+    lm_head_bias: bool = False
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.connector is None:
+            self.connector = [{"type": "mlp"}]
+        # Tying is the language model's property; the head sits on the outer model, so the outer flag must follow.
+        if self.text_config is not None and getattr(self.text_config, "tie_word_embeddings", False):
+            self.tie_word_embeddings = True
+
+
+__all__ = ["SparseVLMConfig"]

@@ -1,0 +1,429 @@
+"""The unified model: vision tower -> connector blocks -> language model (dense or MoE) -> loss.
+
+Legend: B rows, T tokens a row, H language width, V vocabulary, F frames of all visual items together, I visual items,
+D tower width, N visual tokens after the connector, S = B * T routed tokens, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import ModelOutput
+
+from sparsevlm.connectors.base import connector_dims, parse_connector
+from sparsevlm.data.sample import IGNORE_INDEX
+from sparsevlm.model import attention
+from sparsevlm.model.configuration_sparsevlm import SparseVLMConfig
+from sparsevlm.moe.block import SparseMoeBlock, install_moe
+from sparsevlm.moe.losses import load_balancing_loss
+from sparsevlm.moe.router import collect_router_logits
+from sparsevlm.vision.encoder import encode_frames, feature_dim, output_grid
+from sparsevlm.vision.tokens import MEDIA_KINDS, Grid, MediaKind, VisualTokens
+
+attention.register()
+
+MEDIA_INPUTS = ("pixel_values", "image_grid_thw", "media_kinds", "media_owners")
+"""Model inputs whose first dimension is frames or visual items, not rows."""
+
+
+@dataclass
+class SparseVLMModelOutput(ModelOutput):
+    """Output of the headless model.
+
+    Attributes:
+        last_hidden_state: ``(B, T, H)``.
+        past_key_values: Cache, when asked for.
+        hidden_states: Per layer, when asked for.
+        attentions: Per layer, when asked for.
+        image_hidden_states: ``(N, H)`` features written over the placeholders.
+        router_logits: One ``(S, E)`` float32 tensor a MoE layer, when asked for.
+    """
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    image_hidden_states: Tensor | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class SparseVLMCausalLMOutput(ModelOutput):
+    """Output of the model with its head.
+
+    Attributes:
+        loss: Next-token loss plus the weighted load-balancing loss.
+        aux_loss: Load-balancing loss alone, not weighted.
+        logits: ``(B, T, V)``; None in training, where only target positions are projected.
+        past_key_values: Cache, when asked for.
+        hidden_states: Per layer, when asked for.
+        attentions: Per layer, when asked for.
+        image_hidden_states: ``(N, H)`` features written over the placeholders.
+        router_logits: One ``(S, E)`` float32 tensor a MoE layer, when asked for.
+    """
+
+    loss: Tensor | None = None
+    aux_loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    image_hidden_states: Tensor | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+
+
+class SparseVLMPreTrainedModel(PreTrainedModel):
+    """Base: loading, saving and what the parts support."""
+
+    config_class = SparseVLMConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "video", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise what the outer model owns; parts do their own, connector and MoE blocks in their constructors."""
+        if isinstance(module, SparseMoeBlock):
+            return
+        super()._init_weights(module)
+
+
+def _keep_own_initialisation(module: nn.Module) -> None:
+    """Mark a module's parameters as initialised, so that `post_init` does not overwrite them."""
+    for child in module.modules():
+        child._is_hf_initialized = True  # pyright: ignore
+    for parameter in module.parameters():
+        parameter._is_hf_initialized = True  # pyright: ignore
+
+
+class SparseVLMModel(SparseVLMPreTrainedModel):
+    """Vision tower, connector and decoder, without a language-model head."""
+
+    def __init__(self, config: SparseVLMConfig) -> None:
+        super().__init__(config)
+        assert config.vision_config is not None and config.text_config is not None and config.connector is not None
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        specs = parse_connector(config.connector)
+        text_dim = config.text_config.hidden_size  # pyright: ignore
+        dims = connector_dims(specs, feature_dim(config.vision_config, config.vision_feature_layer), text_dim)
+        if dims[-1] != text_dim:
+            raise ValueError(
+                f"the connector ends at width {dims[-1]} but the language model is {text_dim} wide (widths after each "
+                f"block: {dims[1:]}); end it with {{type: linear}} or {{type: mlp}}"
+            )
+        self.connector = nn.ModuleList(spec.build(dim, text_dim) for spec, dim in zip(specs, dims, strict=False))
+        self.language_model = AutoModel.from_config(config.text_config)
+        if config.moe is not None:
+            install_moe(self.language_model, config.text_config, config.moe)
+        _keep_own_initialisation(self.connector)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the language model's token embedding."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the language model's token embedding."""
+        self.language_model.set_input_embeddings(value)
+
+    def encode_media(
+        self, pixel_values: Tensor, grids: Sequence[Grid], kinds: Sequence[MediaKind], owners: Sequence[int]
+    ) -> VisualTokens:
+        """Run the vision tower and the connector.
+
+        Args:
+            pixel_values: ``(F, 3, height, width)``, frames of all items in order.
+            grids: Tower grid of each item.
+            kinds: Media kind of each item.
+            owners: Sample that each item belongs to.
+
+        Returns:
+            The visual tokens, ``(N, H)``.
+        """
+        frozen = not any(parameter.requires_grad for parameter in self.vision_tower.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            features = encode_frames(
+                self.vision_tower,
+                pixel_values,
+                layer=self.config.vision_feature_layer,
+                select=self.config.vision_feature_select,
+            )  # (F, h * w, D)
+        tokens = VisualTokens(features.flatten(0, 1), tuple(grids), tuple(kinds), tuple(owners))
+        for block in self.connector:
+            tokens = block(tokens)
+        return tokens
+
+    def _touch_vision(self, inputs_embeds: Tensor) -> Tensor:
+        """Give a text-only training batch a zero-weighted path through tower and connector.
+
+        Without it, ranks of a sharded run disagree on which parameters take part in a step and hang (ZeRO-3) or abort.
+        """
+        size = getattr(self.config.vision_config, "image_size", None) or 224
+        size = size if isinstance(size, int) else size[0]
+        h, w = output_grid(self.config.vision_config, size)
+        dtype = next(self.vision_tower.parameters()).dtype
+        pixels = torch.zeros(1, 3, size, size, dtype=dtype, device=inputs_embeds.device)
+        tokens = self.encode_media(pixels, [Grid(1, h, w)], [MediaKind.IMAGE], [0])
+        return inputs_embeds + 0.0 * tokens.features.sum().to(inputs_embeds.dtype)
+
+    def _write_media(self, input_ids: Tensor, inputs_embeds: Tensor, tokens: VisualTokens) -> Tensor:
+        """Write visual features over their placeholders, in reading order."""
+        mask = (input_ids == self.config.image_token_id) | (input_ids == self.config.video_token_id)  # (B, T)
+        placeholders = int(mask.sum())
+        if placeholders != tokens.features.shape[0]:
+            raise ValueError(
+                f"the prompt holds {placeholders} visual placeholders but the media give {tokens.features.shape[0]} "
+                f"visual tokens ({len(tokens)} items: {tokens.lengths[:16]}); encode prompts with SparseVLMProcessor"
+            )
+        features = tokens.features.to(inputs_embeds.device, inputs_embeds.dtype)
+        return inputs_embeds.masked_scatter(mask.unsqueeze(-1), features)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        media_kinds: Tensor | None = None,
+        media_owners: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_router_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> SparseVLMModelOutput:
+        """Run the decoder over text with the visual tokens in their places.
+
+        Args:
+            input_ids: ``(B, T)``; each visual token is one placeholder id.
+            pixel_values: ``(F, 3, height, width)``.
+            image_grid_thw: ``(I, 3)`` tower grid of each item.
+            media_kinds: ``(I,)`` index into `MEDIA_KINDS`; default image.
+            media_owners: ``(I,)`` document of each item; default 0, 1, 2, ….
+            attention_mask: ``(B, T)``, or None for packed rows.
+            position_ids: ``(B, T)``; restarts at every document of a packed row.
+            past_key_values: Cache.
+            inputs_embeds: ``(B, T, H)`` instead of `input_ids`; then no media may be given.
+            output_router_logits: Collect the routers' logits.
+            **kwargs: Passed to the language model (`cu_seq_lens_q`, `use_cache`, …).
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        kwargs.pop("return_dict", None)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        assert inputs_embeds is not None
+        image_hidden_states = None
+        if pixel_values is not None:
+            if input_ids is None or image_grid_thw is None:
+                raise ValueError("pixel_values need input_ids (to find their places) and image_grid_thw")
+            grids = [Grid(*row) for row in image_grid_thw.tolist()]
+            kinds = (
+                [MEDIA_KINDS[i] for i in media_kinds.tolist()]
+                if media_kinds is not None
+                else [MediaKind.IMAGE] * len(grids)
+            )
+            owners = media_owners.tolist() if media_owners is not None else range(len(grids))
+            tokens = self.encode_media(pixel_values, grids, kinds, tuple(owners))
+            image_hidden_states = tokens.features
+            inputs_embeds = self._write_media(input_ids, inputs_embeds, tokens)
+        elif self.training and torch.is_grad_enabled():
+            inputs_embeds = self._touch_vision(inputs_embeds)
+
+        with collect_router_logits() as collected:
+            outputs = self.language_model(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return SparseVLMModelOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_hidden_states,
+            router_logits=tuple(collected) if output_router_logits and self.config.moe is not None else None,
+        )
+
+
+class SparseVLMForConditionalGeneration(SparseVLMPreTrainedModel, GenerationMixin):
+    """The model that is trained, generated with, saved and loaded."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: SparseVLMConfig) -> None:
+        super().__init__(config)
+        self.model = SparseVLMModel(config)
+        text_config: Any = config.text_config
+        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=config.lm_head_bias)
+        embedding = self.model.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is embedding)  # embed_tokens, embed_in, ...
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the language model's token embedding."""
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the language model's token embedding."""
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the head."""
+        self.lm_head = new_embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        media_kinds: Tensor | None = None,
+        media_owners: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        aux_loss_scale: float = 1.0,
+        logits_to_keep: int | Tensor = 0,
+        output_router_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> SparseVLMCausalLMOutput:
+        """Run the model; with `labels`, also the loss.
+
+        Args:
+            input_ids: See `SparseVLMModel.forward`, as for all that is not listed here.
+            pixel_values: As there.
+            image_grid_thw: As there.
+            media_kinds: As there.
+            media_owners: As there.
+            attention_mask: As there.
+            position_ids: As there.
+            past_key_values: As there.
+            inputs_embeds: As there.
+            labels: ``(B, T)``, -100 where there is no target; shifted here.
+            num_items_in_batch: Target tokens of the whole optimizer step; the loss is the sum over targets divided by
+                it, or the mean over this batch's targets where it is None.
+            aux_loss_scale: Factor on the load-balancing loss besides its coefficient; a trainer that accumulates over
+                m micro-batches passes 1 / m, since that loss is a mean for each.
+            logits_to_keep: Project only the last so many positions (0: all), or these positions.
+            output_router_logits: Return the routers' logits.
+            **kwargs: Passed to the language model.
+        """
+        moe = self.config.moe
+        coefficient = moe.get("router_aux_loss_coef", 0.0) if moe else 0.0
+        need_aux = labels is not None and bool(coefficient)
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            image_grid_thw=image_grid_thw,
+            media_kinds=media_kinds,
+            media_owners=media_owners,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            output_router_logits=bool(output_router_logits) or need_aux,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state  # (B, T, H)
+        loss, logits = None, None
+        if labels is not None and self.training:
+            # Visual tokens and prompts have no target: project only the positions that have one.
+            loss = self._target_loss(hidden_states, labels, num_items_in_batch)
+        else:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, keep])  # (B, kept, V)
+            if labels is not None:
+                if logits.shape[1] != labels.shape[1]:
+                    raise ValueError("labels need all logits: leave logits_to_keep at 0")
+                loss = _shifted_cross_entropy(logits, labels, num_items_in_batch)
+        aux_loss = None
+        if need_aux:
+            assert loss is not None and moe is not None
+            aux_loss = load_balancing_loss(
+                outputs.router_logits, top_k=moe["num_experts_per_tok"], token_mask=attention_mask
+            )
+            loss = loss + coefficient * aux_loss_scale * aux_loss.to(loss.device)
+        return SparseVLMCausalLMOutput(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+            router_logits=outputs.router_logits,
+        )
+
+    def _target_loss(self, hidden_states: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
+        """Cross entropy over target positions only; equal to the loss over all logits."""
+        shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # (B, T)
+        target = shifted != IGNORE_INDEX
+        logits = self.lm_head(hidden_states[target]).float()  # (targets, V)
+        total = F.cross_entropy(logits, shifted[target].to(logits.device), reduction="sum")
+        return total / (target.sum().clamp(min=1) if num_items is None else num_items)
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Repeat rows for beams and several return sequences, and each row's media with them."""
+        media = {key: model_kwargs.pop(key) for key in MEDIA_INPUTS if model_kwargs.get(key) is not None}
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        if media and expand_size > 1:
+            owners = media["media_owners"].tolist()
+            frames = media["image_grid_thw"][:, 0].tolist()
+            per_item = media["pixel_values"].split(frames)
+            # Rows are repeated in place (0, 0, 1, 1, ...), so all items of a row follow each other, copy by copy.
+            order = [
+                i for row in sorted(set(owners)) for _ in range(expand_size) for i, o in enumerate(owners) if o == row
+            ]
+            copies = [
+                row * expand_size + copy
+                for row in sorted(set(owners))
+                for copy in range(expand_size)
+                for o in owners
+                if o == row
+            ]
+            index = torch.tensor(order, device=media["image_grid_thw"].device)
+            media["pixel_values"] = torch.cat([per_item[i] for i in order])
+            for key in ("image_grid_thw", "media_kinds"):
+                if key in media:
+                    media[key] = media[key][index]
+            media["media_owners"] = torch.tensor(copies, device=index.device)
+        return input_ids, {**model_kwargs, **media}
+
+
+def _shifted_cross_entropy(logits: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
+    """Next-token cross entropy over full logits ``(B, T, V)``."""
+    shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).to(logits.device)
+    total = F.cross_entropy(logits.float().flatten(0, 1), shifted.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    return total / ((shifted != IGNORE_INDEX).sum().clamp(min=1) if num_items is None else num_items)
+
+
+__all__ = ["SparseVLMForConditionalGeneration", "SparseVLMModel", "SparseVLMPreTrainedModel"]

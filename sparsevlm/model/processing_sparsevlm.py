@@ -1,0 +1,349 @@
+"""The processor: conversations and media to token ids, labels and pixels.
+
+It holds connector *specs* only, so it counts placeholder tokens without building a module; labels come from the role
+spans that the chat template marks with ``{% generation %}``, mapped to tokens by their character offsets.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import BatchFeature, ProcessorMixin
+from transformers.image_utils import load_image as load_any_image
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from sparsevlm.connectors.base import connector_grid, parse_connector
+from sparsevlm.data.media import VideoPolicy, count_frames, load_image, load_video
+from sparsevlm.data.sample import IGNORE_INDEX, BadSampleError, Encoded, Media, Sample
+from sparsevlm.model.layout import Item, Tokens, expand, truncate
+from sparsevlm.vision.preprocess import ImageSpec, preprocess_frames, tower_grid
+from sparsevlm.vision.tokens import MEDIA_KINDS, MediaKind
+
+GENERATION_MARKER = "generation"
+
+
+class SparseVLMProcessor(ProcessorMixin):
+    """Tokenizer, picture rules and token arithmetic in one.
+
+    Args:
+        tokenizer: Fast tokenizer that holds both placeholder tokens.
+        visual: `ImageSpec` as a dict.
+        connector: Connector blocks as in the recipe.
+        video: `VideoPolicy` as a dict.
+        image_token: Placeholder of one image in a prompt.
+        video_token: Placeholder of one video in a prompt.
+        chat_template: Jinja template with ``{% generation %}`` around what the assistant says.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        visual: dict[str, Any],
+        connector: list[dict[str, Any]],
+        video: dict[str, Any] | None = None,
+        image_token: str = "<image>",
+        video_token: str = "<video>",
+        chat_template: str | None = None,
+    ) -> None:
+        super().__init__(tokenizer, chat_template=chat_template)
+        self.visual = visual
+        self.connector = connector
+        self.video = video or {}
+        self.image_token = image_token
+        self.video_token = video_token
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError(
+                f"{type(tokenizer).__name__} is not a fast tokenizer; labels need character offsets, which only fast "
+                "tokenizers give. Convert it with transformers' AutoTokenizer.from_pretrained(..., use_fast=True)"
+            )
+        self.image_token_id = _single_id(tokenizer, image_token)
+        self.video_token_id = _single_id(tokenizer, video_token)
+        self.image_spec = ImageSpec.from_dict(visual)
+        self.video_policy = VideoPolicy(**self.video)
+        self.block_specs = parse_connector(connector)
+
+    # ---- counting -----------------------------------------------------------------------------------------------
+
+    def item(self, kind: MediaKind, num_frames: int = 1) -> Item:
+        """Return the grids of one visual item, from arithmetic alone.
+
+        Args:
+            kind: Media kind.
+            num_frames: Frames of a video, views of a scene.
+        """
+        grid = tower_grid(self.image_spec, num_frames)
+        placeholder = self.video_token_id if kind is MediaKind.VIDEO else self.image_token_id
+        return Item(kind, grid, connector_grid(self.block_specs, grid, kind).num_tokens, placeholder)
+
+    def count_visual(self, kind: MediaKind, num_frames: int = 1, size: tuple[int, int] | None = None) -> int:
+        """Return the visual tokens that one item puts into the prompt.
+
+        Args:
+            kind: Media kind.
+            num_frames: Frames before the video policy's limit is applied.
+            size: ``(width, height)`` in pixels; has no effect on towers with one fixed input size.
+        """
+        if kind is MediaKind.VIDEO:
+            num_frames = min(num_frames, self.video_policy.max_frames)
+        return self.item(kind, num_frames).num_tokens
+
+    # ---- samples --------------------------------------------------------------------------------------------------
+
+    def encode(self, sample: Sample, max_length: int | None = None) -> Encoded:
+        """Read a sample's media and turn it into ids, labels and pixels.
+
+        Args:
+            sample: The conversation.
+            max_length: Cut to so many tokens, never through a visual block.
+
+        Raises:
+            BadSampleError: Media cannot be read, placeholders and media disagree, or no target token is left.
+        """
+        media = list(sample.media())
+        frames = [self._read(item) for item in media]
+        tokens = self._layout(sample, [len(f) for f in frames], max_length)
+        kept = frames[: len(tokens.items)]
+        encoded = Encoded(
+            input_ids=torch.tensor(tokens.ids, dtype=torch.long),
+            labels=torch.tensor(tokens.labels, dtype=torch.long),
+            pixel_values=torch.cat([preprocess_frames(f, self.image_spec) for f in kept]) if kept else None,
+            grids=tuple(item.grid for item in tokens.items),
+            kinds=tuple(item.kind for item in tokens.items),
+            visual_lengths=tuple(item.num_tokens for item in tokens.items),
+            sample_id=f"{sample.source}/{sample.id}" if sample.source else sample.id,
+        )
+        if encoded.num_targets == 0:
+            raise BadSampleError(_no_target(len(tokens.ids), max_length))
+        return encoded
+
+    def measure(self, sample: Sample, max_length: int | None = None) -> tuple[int, int]:
+        """Return ``(tokens, visual tokens)`` of a sample without reading pixels.
+
+        Raises:
+            BadSampleError: As `encode`, as far as headers tell.
+        """
+        counts = [self._count(item) for item in sample.media()]
+        tokens = self._layout(sample, counts, max_length)
+        if all(label == IGNORE_INDEX for label in tokens.labels[1:]):
+            raise BadSampleError(_no_target(len(tokens.ids), max_length))
+        return len(tokens.ids), sum(item.num_tokens for item in tokens.items)
+
+    def encode_prompts(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """Turn conversations that end with the user's turn into a left-padded batch for `generate`.
+
+        Returns:
+            ``input_ids`` and ``attention_mask`` ``(B, T)`` and, where there are media, ``pixel_values`` ``(F, 3, h, w)``,
+            ``image_grid_thw`` ``(I, 3)``, ``media_kinds`` ``(I,)`` and ``media_owners`` ``(I,)`` (row of each item).
+        """
+        rows, frames = [], []
+        for sample in samples:
+            read = [self._read(item) for item in sample.media()]
+            rows.append(self._layout(sample, [len(f) for f in read], None, add_generation_prompt=True))
+            frames.extend(read)
+        return self._batch(rows, frames, padding_side="left")
+
+    def _layout(
+        self,
+        sample: Sample,
+        frame_counts: Sequence[int],
+        max_length: int | None,
+        add_generation_prompt: bool = False,
+    ) -> Tokens:
+        """Tokenise a conversation and write each item's placeholders."""
+        messages = [
+            {"role": message.role, "content": [_part(part) for part in message.content]} for message in sample.messages
+        ]
+        text, spans = self._render(messages, add_generation_prompt)
+        items = [self.item(m.kind, n) for m, n in zip(sample.media(), frame_counts, strict=True)]
+        return truncate(self._tokenise(text, spans, items), max_length)
+
+    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> tuple[str, list[tuple[int, int]]]:
+        """Render the chat template; return the text and the character spans that the assistant speaks."""
+        if self.chat_template is None:
+            raise ValueError("the processor has no chat template; set model.language.chat_template in the recipe")
+        rendered, spans = render_jinja_template(
+            conversations=[messages],
+            chat_template=self.chat_template,
+            return_assistant_tokens_mask=True,
+            add_generation_prompt=add_generation_prompt,
+            **{
+                **self.tokenizer.special_tokens_map,
+                "image_token": self.image_token,
+                "video_token": self.video_token,
+            },
+        )
+        return rendered[0], [(int(a), int(b)) for a, b in spans[0]]
+
+    def _tokenise(self, text: str, spans: Iterable[tuple[int, int]], items: Sequence[Item]) -> Tokens:
+        """Tokenise rendered text, mark targets by offsets and expand the placeholders."""
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return expand(encoding["input_ids"], encoding["offset_mapping"], list(spans), items, self._placeholders())
+
+    def _placeholders(self) -> dict[int, str]:
+        return {self.image_token_id: self.image_token, self.video_token_id: self.video_token}
+
+    def _read(self, media: Media) -> Sequence[Any]:
+        """Return the frames of one item."""
+        if media.kind is MediaKind.VIDEO:
+            return load_video(media, self.video_policy)[0]
+        if media.kind is MediaKind.MULTI_VIEW:
+            return [load_image(Media(MediaKind.IMAGE, view)) for view in media.source]
+        return [load_image(media)]
+
+    def _count(self, media: Media) -> int:
+        """Return the number of frames of one item without decoding it."""
+        if media.kind is MediaKind.VIDEO:
+            return count_frames(media, self.video_policy)
+        return len(media.source) if media.kind is MediaKind.MULTI_VIEW else 1
+
+    def _batch(self, rows: Sequence[Tokens], frames: Sequence[Sequence[Any]], padding_side: str) -> dict[str, Tensor]:
+        width = max(len(row.ids) for row in rows)
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        input_ids = torch.full((len(rows), width), pad, dtype=torch.long)
+        attention_mask = torch.zeros((len(rows), width), dtype=torch.long)
+        for i, row in enumerate(rows):
+            where = slice(width - len(row.ids), None) if padding_side == "left" else slice(0, len(row.ids))
+            input_ids[i, where] = torch.tensor(row.ids, dtype=torch.long)
+            attention_mask[i, where] = 1
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+        items = [(i, item) for i, row in enumerate(rows) for item in row.items]
+        if items:
+            batch["pixel_values"] = torch.cat([preprocess_frames(f, self.image_spec) for f in frames])
+            batch["image_grid_thw"] = torch.tensor([tuple(item.grid) for _, item in items], dtype=torch.long)
+            batch["media_kinds"] = torch.tensor([MEDIA_KINDS.index(item.kind) for _, item in items])
+            batch["media_owners"] = torch.tensor([owner for owner, _ in items])
+        return batch
+
+    # ---- the interface of transformers ---------------------------------------------------------------------------
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        images: Any = None,
+        text: str | list[str] | None = None,
+        videos: Any = None,
+        audio: Any = None,
+        return_tensors: str | None = "pt",
+        return_offsets_mapping: bool = False,
+        padding_side: str | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Encode prompts that already hold their placeholders.
+
+        Args:
+            images: One image, a list in reading order over all texts, or a list of lists, one a text. PIL images, arrays,
+                paths or URLs.
+            text: Prompt or prompts.
+            videos: As `images`; a video is a path or a sequence of frames.
+            audio: Refused.
+            return_tensors: Only ``"pt"`` (None is taken as that).
+            return_offsets_mapping: Also return each token's place in its text (visual tokens: that of their placeholder).
+            padding_side: ``"left"`` or ``"right"``; default the tokenizer's.
+            **kwargs: Options of other processors; ``padding``, ``truncation`` and sampling options have no effect, since
+                batches are always padded to the longest and never cut.
+
+        Raises:
+            ValueError: Placeholders and media disagree.
+        """
+        if audio is not None:
+            raise ValueError("SparseVLM has no audio input")
+        if text is None:
+            raise ValueError("text is missing; a prompt needs at least its placeholders")
+        texts = [text] if isinstance(text, str) else list(text)
+        batch_images = iter(_per_text(images, texts, self.image_token, "images"))
+        batch_videos = iter(_per_text(videos, texts, self.video_token, "videos"))
+        rows, frames = [], []
+        for prompt in texts:
+            sources = {self.image_token_id: iter(next(batch_images)), self.video_token_id: iter(next(batch_videos))}
+            encoding = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
+            items = []
+            for token in encoding["input_ids"]:
+                if token in sources:
+                    kind = MediaKind.VIDEO if token == self.video_token_id else MediaKind.IMAGE
+                    source = next(sources[token])
+                    source = source if kind is MediaKind.VIDEO else load_any_image(source)
+                    if kind is MediaKind.VIDEO and isinstance(source, str):
+                        source = Path(source)
+                    frames.append(self._read(Media(kind, source)))
+                    items.append(self.item(kind, len(frames[-1])))
+            rows.append(expand(encoding["input_ids"], encoding["offset_mapping"], [], items, self._placeholders()))
+        data: dict[str, Any] = self._batch(rows, frames, padding_side or self.tokenizer.padding_side)
+        if return_offsets_mapping:
+            width = data["input_ids"].shape[1]
+            left = (padding_side or self.tokenizer.padding_side) == "left"
+            pads = [[(0, 0)] * (width - len(row.offsets)) for row in rows]
+            data["offset_mapping"] = [
+                pad + row.offsets if left else row.offsets + pad for pad, row in zip(pads, rows, strict=True)
+            ]
+        return BatchFeature(data)
+
+    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
+        """Render (and tokenise) conversations; see transformers. Placeholder names are this processor's."""
+        template = self._resolve_chat_template(chat_template)
+        for name in ("image_token", "video_token"):
+            if name in template:
+                kwargs.setdefault(name, getattr(self, name))
+        return super().apply_chat_template(conversation, chat_template=chat_template, **kwargs)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of the tensors that the model takes."""
+        return ["input_ids", "attention_mask", "pixel_values", "image_grid_thw", "media_kinds", "media_owners"]
+
+
+def _single_id(tokenizer: Any, token: str) -> int:
+    """Return the id of a placeholder, which must be one token."""
+    ids = tokenizer.convert_tokens_to_ids(token)
+    if ids is None or ids == tokenizer.unk_token_id:
+        raise ValueError(f"the tokenizer has no token {token!r}; add it as a special token first")
+    return ids
+
+
+def _part(part: str | Media) -> dict[str, Any]:
+    """Return a message part as chat templates take it."""
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    return {"type": "video" if part.kind is MediaKind.VIDEO else "image"}
+
+
+def _per_text(media: Any, texts: Sequence[str], token: str, name: str) -> list[list[Any]]:
+    """Distribute media over texts by their placeholders."""
+    wanted = [text.count(token) for text in texts]
+    if media is None:
+        given: list[list[Any]] = [[] for _ in texts]
+    elif isinstance(media, (str, Path, Image.Image)) or hasattr(media, "shape"):
+        given = [[media]]
+    elif (
+        len(media) == len(texts)
+        and all(isinstance(m, (list, tuple)) for m in media)
+        and ([len(m) for m in media] == wanted)
+    ):
+        given = [list(m) for m in media]
+    else:
+        flat = iter(itertools.chain.from_iterable(m if _is_list_of_media(m, name) else [m] for m in media))
+        given = [list(itertools.islice(flat, n)) for n in wanted]
+        given[-1].extend(flat)
+    if [len(g) for g in given] != wanted:
+        raise ValueError(
+            f"prompts hold {wanted} {token} placeholders but {name} holds {[len(g) for g in given]}; "
+            f"write one {token} in the text for each"
+        )
+    return given
+
+
+def _is_list_of_media(value: Any, name: str) -> bool:
+    """Tell a list of images from one image (a list of frames is one video)."""
+    return name == "images" and isinstance(value, (list, tuple))
+
+
+def _no_target(length: int, max_length: int | None) -> str:
+    cut = f" after cutting to max_length {max_length}" if max_length is not None and length >= max_length else ""
+    return f"no target token{cut}: the conversation has no assistant text, or the chat template does not mark it"
+
+
+__all__ = ["SparseVLMProcessor"]
