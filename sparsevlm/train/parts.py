@@ -1,0 +1,242 @@
+"""Parts of the model: which parameters a stage trains, at which rate, and how many there are.
+
+A parameter belongs to one part or, inside the language model, to two: `moe` (routers and experts) and `embeddings`
+(token embedding and output head) are parts of `language` that can be named alone. Where both are named, the more
+specific one decides (its learning rate, its row in reports).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sparsevlm.recipe.schema import Optim
+
+PARTS: tuple[str, ...] = ("vision", "connector", "language", "embeddings", "moe")
+"""All parts, in the order of reports."""
+
+_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|tok_embeddings|word_embeddings|wte|embed_in|lm_head)\.(weight|bias)$")
+_MOE = re.compile(r"\.(gate|router|experts|shared_experts?|shared_expert_gate)\.")
+_LAYER = re.compile(r"\.\d+\.")
+_INPUT_EMBEDDING = re.compile(r"(pos|position|class|cls|mask|register|type)\w*(embed|token)")
+
+
+@dataclass(frozen=True)
+class PartCount:
+    """One row of a trainable report.
+
+    Attributes:
+        part: Name of the part; `language` without the parameters that `embeddings` and `moe` hold.
+        total: Parameters.
+        trainable: Parameters that train.
+        lr: Peak learning rate; None where nothing trains or no optimizer was given.
+    """
+
+    part: str
+    total: int
+    trainable: int
+    lr: float | None
+
+
+@dataclass(frozen=True)
+class TrainableReport:
+    """What a stage trains, part by part."""
+
+    parts: tuple[PartCount, ...]
+
+    @property
+    def total(self) -> int:
+        """All parameters of the model."""
+        return sum(row.total for row in self.parts)
+
+    @property
+    def trainable(self) -> int:
+        """Parameters that train."""
+        return sum(row.trainable for row in self.parts)
+
+
+def parts_of(name: str) -> tuple[str, ...]:
+    """Return the parts that a parameter belongs to, the most specific first.
+
+    Args:
+        name: Name of a parameter of `SparseVLMForConditionalGeneration`. A head that is tied to the token embedding
+            needs no special case: both names are `embeddings`.
+
+    Raises:
+        ValueError: The name is in no part, so the model is not one of ours.
+    """
+    name = name.removeprefix("module.")  # DistributedDataParallel
+    if name.startswith("model.vision_tower."):
+        return ("vision",)
+    if name.startswith("model.connector."):
+        return ("connector",)
+    if name.startswith(("model.language_model.", "lm_head.")):
+        if _EMBEDDING.search(name):
+            return ("embeddings", "language")
+        if _LAYER.search(name) and _MOE.search(name):
+            return ("moe", "language")
+        return ("language",)
+    raise ValueError(
+        f"parameter {name!r} is in no part: expected a name under model.vision_tower, model.connector, "
+        "model.language_model or lm_head"
+    )
+
+
+def is_trained(name: str, trains: Iterable[str]) -> bool:
+    """Return whether a stage that trains the parts ``trains`` trains the parameter ``name``."""
+    return not set(parts_of(name)).isdisjoint(trains)
+
+
+def learning_rate(name: str, optim: Optim) -> float:
+    """Return the peak learning rate of a parameter: that of its most specific part in `part_lr`, else `lr`."""
+    rates: dict[str, float] = dict(optim.part_lr)
+    return next((rates[part] for part in parts_of(name) if part in rates), optim.lr)
+
+
+def numel(parameter: Any) -> int:
+    """Return the number of elements, the true one where ZeRO-3 keeps only a shard here."""
+    return int(getattr(parameter, "ds_numel", None) or parameter.numel())
+
+
+def select_trainable(model: nn.Module, trains: Iterable[str], optim: Optim | None = None) -> TrainableReport:
+    """Freeze everything but the parts ``trains`` and report what is left.
+
+    A frozen vision tower also leaves training mode (the trainer keeps it there); the model runs it under no_grad.
+
+    Args:
+        model: A `SparseVLMForConditionalGeneration`, changed in place.
+        trains: Names of parts.
+        optim: Its learning rates are entered in the report.
+
+    Raises:
+        ValueError: A part that has no parameter in this model.
+    """
+    trains = tuple(trains)
+    named = list(model.named_parameters())
+    present = {part for name, _ in named for part in parts_of(name)}
+    missing = [part for part in trains if part not in present]
+    if missing:
+        raise ValueError(
+            f"the stage trains {', '.join(missing)}, but the model has no such parameters (it has "
+            f"{', '.join(part for part in PARTS if part in present)}); take it out of 'trains', or give the stage an "
+            "'upcycle' for moe"
+        )
+    for name, parameter in named:
+        parameter.requires_grad_(is_trained(name, trains))
+    freeze_tower_state(model)
+    return trainable_report(model, optim)
+
+
+def freeze_tower_state(model: nn.Module) -> None:
+    """Put the vision tower in eval mode when nothing of it trains (its dropout stays off)."""
+    tower: Any = model.get_submodule("model.vision_tower")
+    if not any(parameter.requires_grad for parameter in tower.parameters()):
+        tower.eval()
+
+
+def trainable_report(model: nn.Module, optim: Optim | None = None) -> TrainableReport:
+    """Count parameters part by part as they are set to train now."""
+    total = dict.fromkeys(PARTS, 0)
+    trainable = dict.fromkeys(PARTS, 0)
+    rates: dict[str, float] = {}
+    for name, parameter in model.named_parameters():
+        part = parts_of(name)[0]
+        total[part] += numel(parameter)
+        if parameter.requires_grad:
+            trainable[part] += numel(parameter)
+            if optim is not None:
+                rates[part] = learning_rate(name, optim)
+    return TrainableReport(
+        tuple(PartCount(part, total[part], trainable[part], rates.get(part)) for part in PARTS if total[part])
+    )
+
+
+def parameter_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
+    """Return the optimizer's parameter groups: by part, and with or without weight decay.
+
+    Biases, norms and embeddings (of tokens, positions, classes) are never decayed.
+
+    Returns:
+        Groups ``{"params", "lr", "weight_decay", "name"}``; the name is ``part`` or ``part/no_decay``.
+
+    Raises:
+        ValueError: Nothing trains.
+    """
+    undecayed = _undecayed(model)
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        part = parts_of(name)[0]
+        decayed = part != "embeddings" and id(parameter) not in undecayed
+        key = part if decayed else f"{part}/no_decay"
+        group = groups.setdefault(
+            key,
+            {
+                "params": [],
+                "lr": learning_rate(name, optim),
+                "weight_decay": optim.weight_decay if decayed else 0.0,
+                "name": key,
+            },
+        )
+        group["params"].append(parameter)
+    if not groups:
+        raise ValueError("no parameter of the model is set to train")
+    return list(groups.values())
+
+
+def _undecayed(model: nn.Module) -> set[int]:
+    """Ids of parameters that weight decay must not touch."""
+    from torch import nn
+
+    found = set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
+            # Stacked expert biases have two dimensions, learned positions and class tokens three: names tell.
+            if (
+                dimensions < 2
+                or isinstance(module, nn.Embedding)
+                or "bias" in name
+                or "norm" in type(module).__name__.lower()
+                or _INPUT_EMBEDDING.search(name)
+            ):
+                found.add(id(parameter))
+    return found
+
+
+def count_parameters(model: nn.Module) -> dict[str, Any]:
+    """Count parameters, also on the meta device.
+
+    `activated` are those that one token uses: of a layer's E stacked experts only top_k count, the router counts
+    whole. `language_model` counts the language model with its embedding and head, as the papers do (MoE-LLaVA,
+    table 2).
+
+    Returns:
+        ``{"total", "trainable", "activated", "language_model": {"total", "activated"}}``. Tied weights count once.
+    """
+    config: Any = getattr(model, "config", None)
+    top_k = getattr(getattr(config, "text_config", None), "num_experts_per_tok", None)
+    counts: dict[str, int] = {"total": 0, "trainable": 0, "activated": 0}
+    language = {"total": 0, "activated": 0}
+    for name, parameter in model.named_parameters():
+        number = numel(parameter)
+        active = number
+        parts = parts_of(name)
+        if parts[0] == "moe" and ".experts." in name:
+            experts = getattr(parameter, "ds_shape", parameter.shape)[0]
+            if not isinstance(top_k, int):
+                raise ValueError(f"{name} holds {experts} experts, but text_config has no num_experts_per_tok")
+            active = number // experts * top_k
+        counts["total"] += number
+        counts["activated"] += active
+        counts["trainable"] += number if parameter.requires_grad else 0
+        if "language" in parts:
+            language["total"] += number
+            language["activated"] += active
+    return {**counts, "language_model": language}
