@@ -1,7 +1,10 @@
 """SparseVLM: build, sparsify and cheaply tune vision-language models from one recipe.
 
-Importing the package registers its configuration, processor and model with the Auto classes of transformers,
-lazily: nothing heavy is imported until one of the names below is first used or transformers is already loaded.
+After ``import sparsevlm`` the Auto classes and pipelines of transformers know its models.
 """
 
+from sparsevlm import autoclasses
+
 __version__ = "0.1.0.dev0"
+
+autoclasses.install()

@@ -54,3 +54,5 @@ class SparseVLMConfig(PreTrainedConfig):
 
 
 __all__ = ["SparseVLMConfig"]
+
+AutoConfig.register(SparseVLMConfig.model_type, SparseVLMConfig, exist_ok=True)

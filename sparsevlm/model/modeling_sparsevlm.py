@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 
@@ -427,3 +427,6 @@ def _shifted_cross_entropy(logits: Tensor, labels: Tensor, num_items: Tensor | i
 
 
 __all__ = ["SparseVLMForConditionalGeneration", "SparseVLMModel", "SparseVLMPreTrainedModel"]
+
+AutoModel.register(SparseVLMConfig, SparseVLMModel, exist_ok=True)
+AutoModelForImageTextToText.register(SparseVLMConfig, SparseVLMForConditionalGeneration, exist_ok=True)

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import BatchFeature, ProcessorMixin
+from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 from transformers.image_utils import load_image as load_any_image
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from sparsevlm.connectors.base import connector_grid, parse_connector
 from sparsevlm.data.media import VideoPolicy, count_frames, load_image, load_video
 from sparsevlm.data.sample import IGNORE_INDEX, BadSampleError, Encoded, Media, Sample
+from sparsevlm.model.configuration_sparsevlm import SparseVLMConfig
 from sparsevlm.model.layout import Item, Tokens, expand, truncate
 from sparsevlm.vision.preprocess import ImageSpec, preprocess_frames, tower_grid
 from sparsevlm.vision.tokens import MEDIA_KINDS, MediaKind
@@ -138,8 +139,9 @@ class SparseVLMProcessor(ProcessorMixin):
         """Turn conversations that end with the user's turn into a left-padded batch for `generate`.
 
         Returns:
-            ``input_ids`` and ``attention_mask`` ``(B, T)`` and, where there are media, ``pixel_values`` ``(F, 3, h, w)``,
-            ``image_grid_thw`` ``(I, 3)``, ``media_kinds`` ``(I,)`` and ``media_owners`` ``(I,)`` (row of each item).
+            ``input_ids`` and ``attention_mask`` ``(B, T)`` and, where there are media, ``pixel_values``
+            ``(F, 3, h, w)``, ``image_grid_thw`` ``(I, 3)``, ``media_kinds`` ``(I,)`` and ``media_owners`` ``(I,)`` (row of
+            each item).
         """
         rows, frames = [], []
         for sample in samples:
@@ -236,16 +238,16 @@ class SparseVLMProcessor(ProcessorMixin):
         """Encode prompts that already hold their placeholders.
 
         Args:
-            images: One image, a list in reading order over all texts, or a list of lists, one a text. PIL images, arrays,
-                paths or URLs.
+            images: One image, a list in reading order over all texts, or a list of lists, one a text. PIL images,
+                arrays, paths or URLs.
             text: Prompt or prompts.
             videos: As `images`; a video is a path or a sequence of frames.
             audio: Refused.
             return_tensors: Only ``"pt"`` (None is taken as that).
-            return_offsets_mapping: Also return each token's place in its text (visual tokens: that of their placeholder).
+            return_offsets_mapping: Also return each token's place in its text (visual tokens: their placeholder's).
             padding_side: ``"left"`` or ``"right"``; default the tokenizer's.
-            **kwargs: Options of other processors; ``padding``, ``truncation`` and sampling options have no effect, since
-                batches are always padded to the longest and never cut.
+            **kwargs: Options of other processors; ``padding``, ``truncation`` and sampling options have no effect,
+                since batches are always padded to the longest and never cut.
 
         Raises:
             ValueError: Placeholders and media disagree.
@@ -347,3 +349,5 @@ def _no_target(length: int, max_length: int | None) -> str:
 
 
 __all__ = ["SparseVLMProcessor"]
+
+AutoProcessor.register(SparseVLMConfig, SparseVLMProcessor, exist_ok=True)

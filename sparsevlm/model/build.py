@@ -1,0 +1,261 @@
+"""From a recipe's parts to a model and its processor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+
+from sparsevlm.connectors.base import connector_dims, parse_connector
+from sparsevlm.model.configuration_sparsevlm import SparseVLMConfig
+from sparsevlm.model.modeling_sparsevlm import SparseVLMForConditionalGeneration
+from sparsevlm.model.processing_sparsevlm import SparseVLMProcessor
+from sparsevlm.recipe import schema
+from sparsevlm.vision.encoder import feature_dim, num_prefix_tokens, vision_subconfig
+from sparsevlm.vision.preprocess import ImageSpec, image_spec_from_config
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+TEMPLATES = Path(__file__).resolve().parent / "templates"
+PACKAGED = "sparsevlm:"
+
+PARITY_TOLERANCE = 1e-4
+"""Largest logit difference, relative to the largest logit, between the source language model and ours (float32)."""
+
+
+def resolve_part(path: str) -> str:
+    """Turn ``sparsevlm:NAME`` into the directory that the package ships; leave ids and paths alone.
+
+    Raises:
+        ValueError: The package ships no such part.
+    """
+    if not path.startswith(PACKAGED):
+        return path
+    directory = ASSETS / path.removeprefix(PACKAGED)
+    if not (directory / "config.json").is_file():
+        shipped = sorted(str(p.parent.relative_to(ASSETS)) for p in ASSETS.rglob("config.json"))
+        raise ValueError(f"the package ships no part {path!r}; it has {', '.join(PACKAGED + s for s in shipped)}")
+    return str(directory)
+
+
+def part_config(path: str, trust_remote_code: bool = False, offline_shapes: bool = False) -> PreTrainedConfig:
+    """Load the configuration of a part.
+
+    Args:
+        path: Hub id, directory or packaged part.
+        trust_remote_code: Allow code from the Hub.
+        offline_shapes: Prefer the shapes of well-known backbones that the package carries; nothing is downloaded.
+
+    Raises:
+        ValueError: `path` is no directory and cannot be reached.
+    """
+    resolved = resolve_part(path)
+    if offline_shapes and not Path(resolved).is_dir():
+        from sparsevlm.model.backbones import backbone_config
+
+        return backbone_config(path)
+    try:
+        return AutoConfig.from_pretrained(resolved, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise ValueError(f"no configuration for part {path!r}: {str(error).splitlines()[0]}") from error
+
+
+def build_config(model: schema.Model, *, offline_shapes: bool = False) -> SparseVLMConfig:
+    """Return the configuration of a recipe's model, before any stage edits it.
+
+    Args:
+        model: The recipe's `model` section.
+        offline_shapes: Take the shapes of well-known backbones from the package (for `plan`).
+
+    Raises:
+        ValueError: A part cannot be loaded or is of no use here.
+    """
+    vision = vision_subconfig(part_config(model.vision.path, model.trust_remote_code, offline_shapes))
+    text = part_config(model.language.path, model.trust_remote_code, offline_shapes).get_text_config(decoder=True)
+    select = model.vision.select
+    if select == "auto":
+        select = "patch" if num_prefix_tokens(vision) else "full"
+    return SparseVLMConfig(
+        vision_config=vision,
+        text_config=text,
+        connector=model.connector,
+        vision_feature_layer=model.vision.layer,
+        vision_feature_select=select,
+        image_token_id=text.vocab_size,
+        video_token_id=text.vocab_size + 1,
+        lm_head_bias=text.model_type in ("phi", "codegen", "gptj"),
+    )
+
+
+def image_spec(model: schema.Model, config: SparseVLMConfig) -> ImageSpec:
+    """Return how pictures are brought to the tower, from the recipe, the tower's preprocessor file and its config."""
+    directory = Path(resolve_part(model.vision.path))
+    file = directory / "preprocessor_config.json"
+    preprocessor = json.loads(file.read_text()) if file.is_file() else None
+    if preprocessor is None and not directory.is_dir():
+        preprocessor = _hub_preprocessor(model.vision.path)
+    return image_spec_from_config(
+        config.vision_config,  # pyright: ignore[reportArgumentType]
+        preprocessor,
+        image_size=model.vision.image_size,
+        resize=model.vision.resize,
+        mean=model.vision.mean,
+        std=model.vision.std,
+    )
+
+
+def _hub_preprocessor(path: str) -> dict[str, Any] | None:
+    """Return a Hub tower's preprocessor file from the cache or the Hub, None where there is none."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return json.loads(Path(hf_hub_download(path, "preprocessor_config.json")).read_text())
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled):
+        return None
+
+
+def chat_template(name: str, tokenizer: Any) -> str:
+    """Return the Jinja text of a recipe's `chat_template`.
+
+    Raises:
+        ValueError: No such template, or one without ``{% generation %}`` markers.
+    """
+    shipped = {file.stem: file for file in TEMPLATES.glob("*.jinja")}
+    if name == "auto":
+        text, origin = tokenizer.chat_template, "the tokenizer's chat template"
+    elif name in shipped:
+        text, origin = shipped[name].read_text(), name
+    elif Path(name).is_file():
+        text, origin = Path(name).read_text(), name
+    else:
+        raise ValueError(f"no chat template {name!r}: neither a file nor one of {', '.join(sorted(shipped))}, auto")
+    if not text or "generation" not in text.replace("add_generation_prompt", ""):
+        what = "is missing" if not text else "has no {% generation %} markers, so targets cannot be told from prompts"
+        raise ValueError(
+            f"{origin} {what}; set model.language.chat_template to one of {', '.join(sorted(shipped))} or a file"
+        )
+    return text
+
+
+def build_processor(model: schema.Model, config: SparseVLMConfig) -> SparseVLMProcessor:
+    """Return the processor of a recipe's model; writes the placeholder ids into `config`."""
+    tokenizer = AutoTokenizer.from_pretrained(
+        resolve_part(model.language.path), trust_remote_code=model.trust_remote_code
+    )
+    template = chat_template(model.language.chat_template, tokenizer)
+    known = tokenizer.get_vocab()
+    fresh = [token for token in (model.image_token, model.video_token) if token not in known]
+    if fresh:
+        tokenizer.add_tokens(fresh, special_tokens=True)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    processor = SparseVLMProcessor(
+        tokenizer,
+        visual=image_spec(model, config).to_dict(),
+        connector=list(model.connector),
+        video=model.video.model_dump(),
+        image_token=model.image_token,
+        video_token=model.video_token,
+        chat_template=template,
+    )
+    config.image_token_id = processor.image_token_id
+    config.video_token_id = processor.video_token_id
+    return processor
+
+
+def build_model(
+    model: schema.Model, dtype: torch.dtype = torch.float32
+) -> tuple[SparseVLMForConditionalGeneration, SparseVLMProcessor]:
+    """Load the pretrained parts and put a fresh connector between them.
+
+    Args:
+        model: The recipe's `model` section.
+        dtype: Type of all weights.
+
+    Raises:
+        ValueError: A part cannot be loaded, the widths do not fit, or the language model computes its logits in a way
+            that ours would not reproduce (checked on a few tokens).
+    """
+    config = build_config(model)
+    processor = build_processor(model, config)
+    trust = {"trust_remote_code": model.trust_remote_code, "dtype": dtype}
+    tower = AutoModel.from_pretrained(resolve_part(model.vision.path), config=config.vision_config, **trust)
+    source = AutoModelForCausalLM.from_pretrained(resolve_part(model.language.path), config=config.text_config, **trust)
+    head = source.get_output_embeddings()
+    config.lm_head_bias = getattr(head, "bias", None) is not None
+    config.dtype = dtype  # pyright: ignore
+    with torch.device("meta"):
+        ours = SparseVLMForConditionalGeneration(config)
+    ours.model.vision_tower = tower
+    ours.model.language_model = source.base_model
+    ours.model.connector = _fresh_connector(config).to(dtype)
+    ours.lm_head = head
+    ours.tie_weights()
+    ours.generation_config = source.generation_config
+    ours.eval()
+    _check_parity(source, ours, model.language.path)
+    size = len(processor.tokenizer)
+    if size > config.text_config.vocab_size:  # pyright: ignore[reportOptionalMemberAccess]
+        ours.resize_token_embeddings(size, mean_resizing=False)
+    return ours, processor
+
+
+def _fresh_connector(config: SparseVLMConfig) -> nn.ModuleList:
+    """Build the connector blocks with their own initialisation, on the CPU."""
+    specs = parse_connector(config.connector or [])
+    text_dim = config.text_config.hidden_size  # pyright: ignore
+    dims = connector_dims(specs, feature_dim(config.vision_config, config.vision_feature_layer), text_dim)
+    return nn.ModuleList(spec.build(dim, text_dim) for spec, dim in zip(specs, dims, strict=False))
+
+
+@torch.no_grad()
+def _check_parity(source: nn.Module, ours: SparseVLMForConditionalGeneration, path: str) -> None:
+    """Refuse a language model whose own wrapper does more than decoder + head (scaled or capped logits)."""
+    vocabulary = ours.config.text_config.vocab_size  # pyright: ignore
+    ids = torch.arange(7, 7 + 11 * 8, 11).remainder(vocabulary)[None]  # (1, 8) arbitrary tokens
+    source.eval()
+    want, got = source(input_ids=ids).logits.float(), ours(input_ids=ids).logits.float()
+    difference = float((want - got).abs().max() / want.abs().max().clamp(min=1))
+    if difference > PARITY_TOLERANCE:
+        raise ValueError(
+            f"language model {path!r} ({type(source).__name__}) computes logits that decoder + lm_head do not give "
+            f"(relative difference {difference:.2e}, allowed {PARITY_TOLERANCE}); it probably scales or caps them, "
+            "which is not supported"
+        )
+
+
+def load_model(
+    path: str | Path, dtype: torch.dtype | str = "auto", attention: str = "auto", **kwargs: Any
+) -> tuple[SparseVLMForConditionalGeneration, SparseVLMProcessor]:
+    """Load a saved model and its processor.
+
+    Args:
+        path: Directory or Hub id of a SparseVLM model.
+        dtype: Type of the weights; ``"auto"`` keeps the saved one.
+        attention: Attention of the language model, as in the recipe.
+        **kwargs: Passed to `from_pretrained`.
+    """
+    model = SparseVLMForConditionalGeneration.from_pretrained(str(path), dtype=dtype, **kwargs)
+    processor = SparseVLMProcessor.from_pretrained(str(path))
+    set_attention(model, attention)
+    return model, processor
+
+
+def set_attention(model: SparseVLMForConditionalGeneration, name: str) -> str:
+    """Choose the language model's attention and return the name chosen; see `schema.Language.attention`."""
+    if name == "auto":
+        from transformers.utils import is_flash_attn_2_available
+
+        name = "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else "packed_sdpa"
+    model.model.language_model.set_attn_implementation(name)
+    return name
+
+
+def packs_for_free(attention: str) -> bool:
+    """Tell whether an attention implementation keeps packed documents apart without a mask."""
+    return attention == "packed_sdpa" or attention.startswith("flash_attention")
