@@ -89,7 +89,7 @@ def output_grid(
 ) -> tuple[int, int]:
     """Return the ``(h, w)`` grid that a square frame of ``image_size`` pixels leaves the tower with.
 
-    With ``select="full"`` prefix tokens stay, and there is no grid any more: ``(1, p + h * w)``.
+    With ``select="full"`` prefix tokens stay, and where the tower has any there is no grid left: ``(1, p + h * w)``.
 
     Raises:
         ValueError: The tower cannot take frames of that size, or has no such layer.
@@ -97,7 +97,7 @@ def output_grid(
     layouts = _probe(vision_config, image_size, _as_layers(layer))
     _check_same_grid(layouts, layer)
     prefix, h, w, _ = layouts[0]
-    return (h, w) if select == "patch" else (1, prefix + h * w)
+    return (h, w) if select == "patch" or prefix == 0 else (1, prefix + h * w)
 
 
 def feature_dim(vision_config: PreTrainedConfig, layer: Layer = -1) -> int:
