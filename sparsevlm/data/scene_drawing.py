@@ -253,8 +253,8 @@ class SceneMaker:
         things = tuple(
             Thing(
                 look,
-                IMAGE_SIZE * (2 * (cell % 3) + 1) / 6 + self.rng.randint(-3, 3),
-                IMAGE_SIZE * (2 * (cell // 3) + 1) / 6 + self.rng.randint(-3, 3),
+                IMAGE_SIZE * (2 * (cell % 3) + 1) / 6 + self.rng.randint(-2, 2),
+                IMAGE_SIZE * (2 * (cell // 3) + 1) / 6 + self.rng.randint(-2, 2),
             )
             for cell in cells
         )
