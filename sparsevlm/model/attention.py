@@ -1,0 +1,190 @@
+"""`packed_sdpa`: causal attention over packed rows, one document at a time, for any transformers decoder.
+
+Legend: B rows, T tokens, D documents in a row, h heads, d head width.
+
+transformers tells packed rows from `position_ids` that restart (with no attention mask and no cache) and builds a
+``(B, 1, T, T)`` mask for `sdpa`: attention over a packed row then costs T squared whatever its documents' lengths, and
+no fused kernel applies. Here the mask function answers with the documents' boundaries instead of a mask. They travel
+the mask's way, as an integer tensor ``(1, 1, 1, D + 1)`` in host memory, through every decoder that hands its mask on
+and through recomputation under gradient checkpointing, and the attention function runs `sdpa` document by document.
+In every other case (padding, KV cache, patterns that are more than causal) both functions are `sdpa`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
+
+PACKED_SDPA = "packed_sdpa"
+"""Name under which transformers knows the pair of functions."""
+
+
+def register() -> None:
+    """Enter `packed_sdpa` with transformers' attention and mask interfaces; may be called more than once."""
+    AttentionInterface.register(PACKED_SDPA, packed_sdpa_forward)
+    AttentionMaskInterface.register(PACKED_SDPA, packed_sdpa_mask)
+
+
+def supports_packed_sdpa(model: nn.Module) -> bool:
+    """Tell whether a transformers model takes its attention from the interface (older families have their own)."""
+    return bool(getattr(model, "_supports_attention_backend", False))
+
+
+def boundaries_mask(boundaries: Sequence[int] | Tensor) -> Tensor:
+    """Return documents' boundaries ``0 … T`` (D + 1 numbers, cumulative lengths) in the form that stands for a mask."""
+    return torch.as_tensor(boundaries, dtype=torch.int32, device="cpu")[None, None, None]  # (1, 1, 1, D + 1)
+
+
+def packed_sdpa_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor | None:
+    """Return what stands for the mask of a row: boundaries for a packed row, else exactly what `sdpa` would use.
+
+    Args:
+        batch_size: B.
+        q_length: Query tokens.
+        kv_length: Key tokens, cached ones included.
+        q_offset: Position of the first query.
+        kv_offset: Position of the first key.
+        mask_function: ``(row, head, query, key) -> bool``, on broadcasting index tensors.
+        attention_mask: ``(B, kv_length)`` padding mask.
+        local_size: Sliding window or chunk, where the layer has one.
+        allow_is_causal_skip: False where transformers found the row packed (or a pattern beyond causal).
+        use_vmap: The caller gave its own mask function.
+        device: Where a mask is put.
+        **kwargs: Passed to `sdpa_mask`.
+
+    Returns:
+        ``(1, 1, 1, D + 1)`` int32 boundaries, a ``(B, 1, q, kv)`` bool mask, or None for plain causal attention.
+    """
+    may_be_packed = (
+        batch_size == 1
+        and q_length == kv_length > 1
+        and isinstance(q_offset, int)
+        and q_offset == kv_offset == 0
+        and attention_mask is None
+        and not allow_is_causal_skip
+        and not use_vmap
+    )
+    if may_be_packed:
+        boundaries = _causal_documents(mask_function, q_length, device)
+        # A window is moot where no document is longer than it; a longer one needs the whole mask.
+        if boundaries is not None and (local_size is None or _longest(boundaries) <= local_size):
+            return boundaries_mask(boundaries)
+    return sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        allow_is_causal_skip=allow_is_causal_skip,
+        use_vmap=use_vmap,
+        device=device,
+        **kwargs,
+    )
+
+
+def packed_sdpa_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    cu_seq_lens_q: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend within each document of a packed row; without boundaries, exactly transformers' `sdpa`.
+
+    Boundaries come as the mask (see `packed_sdpa_mask`) or, where there is no mask at all, from `cu_seq_lens_q`. A
+    mask that was built (a sliding window shorter than a document) is used as it is, if it keeps the documents apart.
+
+    Args:
+        module: Attention layer.
+        query: ``(B, h, T, d)``.
+        key: ``(B, key-value heads, T, d)``.
+        value: As `key`.
+        attention_mask: Boundaries, a bool or additive mask, or None.
+        cu_seq_lens_q: ``(D + 1,)`` boundaries, as flash attention takes them.
+        **kwargs: As for `sdpa_attention_forward` (`dropout`, `scaling`, …).
+
+    Returns:
+        ``(B, T, h, d)`` and None.
+
+    Raises:
+        ValueError: Boundaries that do not end at the row's end, more than one row, or a mask that joins documents.
+    """
+    boundaries = None
+    if attention_mask is not None and attention_mask.dtype == torch.int32:
+        boundaries = attention_mask.flatten().tolist()
+    elif attention_mask is None and cu_seq_lens_q is not None and query.shape[2] == key.shape[2]:
+        boundaries = cu_seq_lens_q.tolist()
+    if boundaries is None:
+        if attention_mask is not None and cu_seq_lens_q is not None:
+            _check_apart(attention_mask, cu_seq_lens_q)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    tokens = query.shape[2]
+    if query.shape[0] != 1 or key.shape[2] != tokens or boundaries[0] != 0 or boundaries[-1] != tokens:
+        raise ValueError(
+            f"packed_sdpa: boundaries {boundaries[:8]}… must run from 0 to the end of one row; got {query.shape[0]} "
+            f"rows of {tokens} queries and {key.shape[2]} keys"
+        )
+    lengths = [end - start for start, end in pairwise(boundaries)]
+    kwargs["is_causal"] = True
+    outputs = [
+        sdpa_attention_forward(module, q, k, v, None, **kwargs)[0]  # (1, n, h, d)
+        for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2))
+    ]
+    return torch.cat(outputs, dim=1), None  # (1, T, h, d)
+
+
+def _causal_documents(mask_function: Callable[..., Any], length: int, device: torch.device | str) -> list[int] | None:
+    """Return the boundaries of the documents that a mask keeps apart; None if it is more than causal, or keeps none.
+
+    Two diagonals tell: a token sees its predecessor unless a document starts with it, and never its successor.
+    """
+    index = torch.arange(length, device=device)
+    earlier, later = index[None, None, :-1, None], index[None, None, 1:, None]  # (1, 1, T - 1, 1) each
+    zero = index[:1, None, None, None]
+    sees_previous = mask_function(zero, zero, later, earlier).expand(1, 1, length - 1, 1)
+    sees_next = mask_function(zero, zero, earlier, later).expand(1, 1, length - 1, 1)
+    starts = (torch.nonzero(~sees_previous.flatten()).flatten() + 1).tolist()
+    if not starts or bool(sees_next.any()):
+        return None
+    return [0, *starts, length]
+
+
+def _check_apart(attention_mask: Tensor, cu_seq_lens: Tensor) -> None:
+    """Refuse a mask by which the first token of a document sees the last of the one before."""
+    starts = cu_seq_lens[1:-1].long().to(attention_mask.device)
+    seen = attention_mask[:, :, starts, starts - 1]  # (B, h | 1, D - 1)
+    if bool((seen if seen.dtype == torch.bool else seen >= 0).any()):
+        raise ValueError(
+            "packed_sdpa: the mask lets documents of a packed row see each other; pass use_cache=False and no "
+            "attention_mask, so that transformers finds the documents in position_ids"
+        )
+
+
+def _longest(boundaries: Sequence[int]) -> int:
+    """Return the length of the longest document."""
+    return max(end - start for start, end in pairwise(boundaries))
