@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from sparsevlm.connectors.base import connector_dims, parse_connector
+from sparsevlm.model.attention import supports_packed_sdpa
 from sparsevlm.model.configuration_sparsevlm import SparseVLMConfig
 from sparsevlm.model.modeling_sparsevlm import SparseVLMForConditionalGeneration
 from sparsevlm.model.processing_sparsevlm import SparseVLMProcessor
@@ -104,6 +105,8 @@ def image_spec(model: schema.Model, config: SparseVLMConfig) -> ImageSpec:
         resize=model.vision.resize,
         mean=model.vision.mean,
         std=model.vision.std,
+        layer=config.vision_feature_layer,
+        select=config.vision_feature_select,
     )
 
 
@@ -251,7 +254,10 @@ def set_attention(model: SparseVLMForConditionalGeneration, name: str) -> str:
     if name == "auto":
         from transformers.utils import is_flash_attn_2_available
 
-        name = "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else "packed_sdpa"
+        if torch.cuda.is_available() and is_flash_attn_2_available():
+            name = "flash_attention_2"
+        else:
+            name = "packed_sdpa" if supports_packed_sdpa(model.model.language_model) else "sdpa"
     model.model.language_model.set_attn_implementation(name)
     return name
 

@@ -7,7 +7,6 @@ D tower width, N visual tokens after the connector, S = B * T routed tokens, E e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,68 +14,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import ModelOutput
 
 from sparsevlm.connectors.base import connector_dims, parse_connector
 from sparsevlm.data.sample import IGNORE_INDEX
 from sparsevlm.model import attention
 from sparsevlm.model.configuration_sparsevlm import SparseVLMConfig
-from sparsevlm.moe.block import SparseMoeBlock, install_moe
+from sparsevlm.model.outputs import SparseVLMCausalLMOutput, SparseVLMModelOutput
+from sparsevlm.moe.block import initialize_moe, install_moe
 from sparsevlm.moe.losses import load_balancing_loss
 from sparsevlm.moe.router import collect_router_logits
-from sparsevlm.vision.encoder import encode_frames, feature_dim, output_grid
+from sparsevlm.vision.encoder import default_image_size, encode_frames, feature_dim, output_grid
 from sparsevlm.vision.tokens import MEDIA_KINDS, Grid, MediaKind, VisualTokens
 
 attention.register()
 
 MEDIA_INPUTS = ("pixel_values", "image_grid_thw", "media_kinds", "media_owners")
 """Model inputs whose first dimension is frames or visual items, not rows."""
-
-
-@dataclass
-class SparseVLMModelOutput(ModelOutput):
-    """Output of the headless model.
-
-    Attributes:
-        last_hidden_state: ``(B, T, H)``.
-        past_key_values: Cache, when asked for.
-        hidden_states: Per layer, when asked for.
-        attentions: Per layer, when asked for.
-        image_hidden_states: ``(N, H)`` features written over the placeholders.
-        router_logits: One ``(S, E)`` float32 tensor a MoE layer, when asked for.
-    """
-
-    last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    image_hidden_states: Tensor | None = None
-    router_logits: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class SparseVLMCausalLMOutput(ModelOutput):
-    """Output of the model with its head.
-
-    Attributes:
-        loss: Next-token loss plus the weighted load-balancing loss.
-        aux_loss: Load-balancing loss alone, not weighted.
-        logits: ``(B, T, V)``; None in training, where only target positions are projected.
-        past_key_values: Cache, when asked for.
-        hidden_states: Per layer, when asked for.
-        attentions: Per layer, when asked for.
-        image_hidden_states: ``(N, H)`` features written over the placeholders.
-        router_logits: One ``(S, E)`` float32 tensor a MoE layer, when asked for.
-    """
-
-    loss: Tensor | None = None
-    aux_loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    image_hidden_states: Tensor | None = None
-    router_logits: tuple[Tensor, ...] | None = None
 
 
 class SparseVLMPreTrainedModel(PreTrainedModel):
@@ -94,9 +47,11 @@ class SparseVLMPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise what the outer model owns; parts do their own, connector and MoE blocks in their constructors."""
-        if isinstance(module, SparseMoeBlock):
-            return
         super()._init_weights(module)
+        if isinstance(
+            module, SparseVLMModel
+        ):  # last of its submodules; the decoder's own class does not know MoE blocks
+            initialize_moe(module.language_model)
 
 
 def _keep_own_initialisation(module: nn.Module) -> None:
@@ -169,9 +124,9 @@ class SparseVLMModel(SparseVLMPreTrainedModel):
 
         Without it, ranks of a sharded run disagree on which parameters take part in a step and hang (ZeRO-3) or abort.
         """
-        size = getattr(self.config.vision_config, "image_size", None) or 224
-        size = size if isinstance(size, int) else size[0]
-        h, w = output_grid(self.config.vision_config, size)
+        config = self.config
+        size = default_image_size(config.vision_config)
+        h, w = output_grid(config.vision_config, size, config.vision_feature_layer, config.vision_feature_select)
         dtype = next(self.vision_tower.parameters()).dtype
         pixels = torch.zeros(1, 3, size, size, dtype=dtype, device=inputs_embeds.device)
         tokens = self.encode_media(pixels, [Grid(1, h, w)], [MediaKind.IMAGE], [0])

@@ -140,8 +140,8 @@ class SparseVLMProcessor(ProcessorMixin):
 
         Returns:
             ``input_ids`` and ``attention_mask`` ``(B, T)`` and, where there are media, ``pixel_values``
-            ``(F, 3, h, w)``, ``image_grid_thw`` ``(I, 3)``, ``media_kinds`` ``(I,)`` and ``media_owners`` ``(I,)`` (row of
-            each item).
+            ``(F, 3, h, w)``, ``image_grid_thw`` ``(I, 3)``, ``media_kinds`` ``(I,)`` and ``media_owners`` ``(I,)`` (the
+            row of each item).
         """
         rows, frames = [], []
         for sample in samples:

@@ -36,7 +36,9 @@ def test_expansion_by_hand() -> None:
     [([1, IMAGE], []), ([1], [item(2)]), ([IMAGE], [item(2, MediaKind.VIDEO)]), ([IMAGE, IMAGE], [item(1)])],
 )
 def test_wrong_placeholders_are_refused_with_both_counts(ids: list[int], items: list[Item]) -> None:
-    with pytest.raises(BadSampleError, match=rf"{sum(i in NAMES for i in ids)} visual placeholders.*{len(items)} media"):
+    with pytest.raises(
+        BadSampleError, match=rf"{sum(i in NAMES for i in ids)} visual placeholders.*{len(items)} media"
+    ):
         expand(ids, [(i, i + 1) for i in range(len(ids))], [], items, NAMES)
 
 
