@@ -2,108 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, PrivateAttr, ValidationError
 
-from sparsevlm.registry import CONNECTOR_BLOCKS, UnknownNameError, suggest
+from sparsevlm.recipe.model import ConnectorBlock, Language, Model, Video, Vision
+from sparsevlm.recipe.section import KEY, CrossFault, Origin, Positive, Strict, names, number, view
+from sparsevlm.registry import DATA_FORMATS, EVAL_TASKS, UnknownNameError, suggest
+
+__all__ = [
+    "Batch", "ConnectorBlock", "Eval", "Language", "LayerChoice", "Mixture", "Model", "Optim", "Part", "Recipe",
+    "Sharding", "Source", "Stage", "Strict", "Upcycle", "Video", "Vision",
+]  # fmt: skip
 
 Part = Literal["vision", "connector", "language", "embeddings", "moe"]
 """What a stage can train. `language` is the whole language model; `embeddings` (input and output) and `moe`
 (routers and experts) are the parts of it that can be named alone."""
 
+_Beta = Annotated[float, Field(ge=0, lt=1)]
+
 LayerChoice = Literal["alternate", "all", "first_half", "second_half"] | list[int]
-
-
-def _parse_connector_block(raw: Any) -> Any:
-    """Validate a block through its registered spec; nested faults keep their field (see `recipe.load`)."""
-    if not isinstance(raw, dict) or not isinstance(raw.get("type"), str):
-        raise PydanticCustomError("connector_block", "a connector block is a mapping with a 'type', e.g. {{type: mlp}}")
-    try:
-        CONNECTOR_BLOCKS.get(raw["type"]).model_validate(raw)
-    except UnknownNameError as error:
-        raise PydanticCustomError("connector_block", "{reason}", {"reason": str(error)}) from None
-    except ValidationError as error:
-        raise PydanticCustomError("nested", "{reason}", {"reason": str(error), "errors": error.errors()}) from None
-    return raw
-
-
-ConnectorBlock = Annotated[dict[str, Any], BeforeValidator(_parse_connector_block)]
-
-
-class Strict(BaseModel):
-    """Base of all recipe sections: unknown keys are faults, docstrings below fields are their documentation."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-
-
-class Vision(Strict):
-    """The vision tower and how pictures are brought to its size."""
-
-    path: str
-    """Hub id, local directory, or `sparsevlm:NAME` for a part that the package ships. Any transformers vision model:
-    ViT with or without CLS token, or a timm network as `TimmWrapper`."""
-    layer: int | list[int] = -1
-    """Hidden layer whose features are taken (negative counts from the end; a list concatenates their features)."""
-    select: Literal["auto", "patch", "full"] = "auto"
-    """`patch` drops the tokens before the grid (CLS, registers), `full` keeps them (not possible with blocks that need
-    a grid), `auto` drops them where the tower has any."""
-    image_size: int | None = None
-    """Side in pixels that pictures are brought to; default: what the tower was trained at."""
-    resize: Literal["stretch", "crop", "pad"] = "pad"
-    """`stretch` ignores the aspect ratio, `crop` resizes the short side and cuts the centre, `pad` resizes the long
-    side and fills to a square with the mean colour."""
-    mean: tuple[float, float, float] | None = None
-    """Channel means; default: the tower's preprocessor file, else its config, else 0.5."""
-    std: tuple[float, float, float] | None = None
-    """Channel standard deviations; default as for `mean`."""
-
-
-class Language(Strict):
-    """The language model."""
-
-    path: str
-    """Hub id, local directory, or `sparsevlm:NAME` for a part that the package ships. Any causal language model."""
-    chat_template: str = "auto"
-    """`auto` takes the tokenizer's template if it marks the assistant's tokens, else refuses. Or one that the package
-    ships (`chatml`, `vicuna_v1`, `plain`), or a path to a Jinja file with `{% generation %}` markers."""
-    attention: Literal["auto", "packed_sdpa", "sdpa", "flash_attention_2", "flash_attention_3", "eager"] = "auto"
-    """Attention implementation. `auto`: flash_attention_2 where it is installed and a GPU is there, else packed_sdpa
-    (causal SDPA per document of a packed row)."""
-
-
-class Video(Strict):
-    """How frames are drawn from videos."""
-
-    fps: float | None = Field(default=1.0, gt=0)
-    """Frames a second; null draws `max_frames` evenly whatever the length."""
-    min_frames: int = Field(default=1, ge=1)
-    """Shorter clips are sampled more densely to reach this many, as far as they have frames."""
-    max_frames: int = Field(default=64, ge=1)
-    """Longer clips are thinned evenly to this many."""
-
-
-class Model(Strict):
-    """The parts and what joins them."""
-
-    vision: Vision
-    """The vision tower."""
-    language: Language
-    """The language model."""
-    connector: list[ConnectorBlock] = Field(default=[{"type": "mlp"}], min_length=1)
-    """Blocks that map visual features to the language model, in order. The last must end at the language model's
-    width."""
-    video: Video = Video()
-    """Frame sampling."""
-    image_token: str = "<image>"
-    """Placeholder of an image in the prompt; added to the tokenizer when it is not there."""
-    video_token: str = "<video>"
-    """Placeholder of a video."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type in which stage outputs are kept. Master weights are trained in float32 unless `bfloat16` is chosen here."""
-    trust_remote_code: bool = False
-    """Allow parts whose code comes from the Hub."""
 
 
 class Source(Strict):
@@ -130,6 +50,21 @@ class Source(Strict):
     license: str | None = None
     """Licence of the data, written to the model card."""
 
+    @classmethod
+    def cross_faults(cls, raw: dict[str, Any]) -> Iterator[CrossFault]:
+        """See `Strict`."""
+        if not isinstance(raw.get("format"), str) or "llava" not in DATA_FORMATS.names():
+            return
+        try:
+            form = DATA_FORMATS.get(raw["format"])
+        except UnknownNameError as error:
+            yield ("format",), str(error)
+            return
+        try:
+            form(**view(raw.get("options")))
+        except (ValueError, TypeError) as error:
+            yield ("options",), str(error)
+
 
 class Mixture(Strict):
     """How sources are mixed in a stage."""
@@ -139,8 +74,15 @@ class Mixture(Strict):
     size^(1/T). `sqrt_size`: share proportional to the square root of size (InstructBLIP)."""
     temperature: float = Field(default=1.0, gt=0)
     """T of `temperature`."""
-    caps: dict[str, int] = {}
+    caps: dict[str, Annotated[int, Field(ge=1)]] = {}
     """At most so many rows of a source (Yi-VL's 50,000, for example)."""
+
+    @classmethod
+    def cross_faults(cls, raw: dict[str, Any]) -> Iterator[CrossFault]:
+        """See `Strict`."""
+        sampling = raw.get("sampling", "concat")
+        if number(raw.get("temperature", 1.0)) not in (1.0, None) and sampling != "temperature":
+            yield ("temperature",), f"only 'sampling: temperature' uses a temperature, sampling is {sampling!r}"
 
 
 class Batch(Strict):
@@ -163,13 +105,23 @@ class Batch(Strict):
     max_skipped_share: float = Field(default=0.05, ge=0, le=1)
     """Stop when more than this share of the records read so far could not be used (checked from 20 records on)."""
 
+    @classmethod
+    def cross_faults(cls, raw: dict[str, Any]) -> Iterator[CrossFault]:
+        """See `Strict`."""
+        rows, held = number(raw.get("rows", 8)), number(raw.get("rows_per_rank", 1))
+        if rows is not None and held is not None and held >= 1 and rows % held:
+            at = "rows_per_rank" if "rows_per_rank" in raw else "rows"
+            yield (at,), f"rows {rows} is not a multiple of rows_per_rank {held}"
+        if raw.get("max_visual_tokens") is not None and raw.get("packing") is False:
+            yield ("max_visual_tokens",), "a budget of visual tokens needs packing, which is false"
+
 
 class Optim(Strict):
     """Optimizer and schedule of a stage."""
 
     lr: float = Field(default=1e-4, gt=0)
     """Peak learning rate."""
-    part_lr: dict[Part, float] = {}
+    part_lr: dict[Part, Positive] = {}
     """Learning rates of single parts."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Decay after warmup, to zero at the last step (`constant`: none)."""
@@ -177,7 +129,7 @@ class Optim(Strict):
     """Share of the steps below 1, number of steps from 1 on."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay; never on biases, norms and embeddings."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[_Beta, _Beta] = (0.9, 0.999)
     """AdamW's betas."""
     eps: float = Field(default=1e-8, gt=0)
     """AdamW's epsilon."""
@@ -201,11 +153,20 @@ class Upcycle(Strict):
     experts_implementation: str = "grouped_mm"
     """Kernel of the experts: `grouped_mm`, `batched_mm`, `eager`, or a name registered with transformers."""
 
-    @model_validator(mode="after")
-    def _top_k_within_experts(self) -> Upcycle:
-        if self.top_k > self.experts:
-            raise ValueError(f"top_k {self.top_k} is more than the {self.experts} experts")
-        return self
+    @classmethod
+    def cross_faults(cls, raw: dict[str, Any]) -> Iterator[CrossFault]:
+        """See `Strict`."""
+        top_k, experts = number(raw.get("top_k", 2)), number(raw.get("experts", 4))
+        if top_k is not None and experts is not None and top_k > experts:
+            at = "top_k" if "top_k" in raw else "experts"
+            yield (at,), f"top_k {top_k} is more than the {experts} experts"
+        layers = raw.get("layers")
+        if isinstance(layers, list):
+            if not layers:
+                yield ("layers",), "names no layer"
+            for i, layer in enumerate(layers):
+                if layer in layers[:i]:
+                    yield ("layers", i), f"layer {layer} is named twice"
 
 
 class Sharding(Strict):
@@ -217,13 +178,14 @@ class Sharding(Strict):
     offload: Literal["none", "optimizer", "all"] = "none"
     """Keep optimizer states (`optimizer`) or also parameters (`all`, ZeRO-3 only) in host memory."""
 
-    @model_validator(mode="after")
-    def _offload_needs_zero(self) -> Sharding:
-        if self.offload == "optimizer" and self.zero == 0:
-            raise ValueError("offload: optimizer needs zero: 1, 2 or 3")
-        if self.offload == "all" and self.zero != 3:
-            raise ValueError("offload: all needs zero: 3")
-        return self
+    @classmethod
+    def cross_faults(cls, raw: dict[str, Any]) -> Iterator[CrossFault]:
+        """See `Strict`."""
+        zero = raw.get("zero", 0)
+        if raw.get("offload") == "optimizer" and zero == 0:
+            yield ("offload",), "'offload: optimizer' needs 'zero: 1', 2 or 3"
+        if raw.get("offload") == "all" and zero != 3:
+            yield ("offload",), f"'offload: all' needs 'zero: 3', got {zero}"
 
 
 class Stage(Strict):
@@ -231,7 +193,7 @@ class Stage(Strict):
 
     trains: list[Part] = Field(min_length=1)
     """Parts that train; everything else is frozen."""
-    data: list[str] | dict[str, float] = Field(min_length=1)
+    data: list[str] | dict[str, Positive] = Field(min_length=1)
     """Names of sources, or source: weight."""
     mixture: Mixture = Mixture()
     """How the sources are mixed."""
@@ -259,20 +221,49 @@ class Stage(Strict):
     evals: list[str] | None = None
     """Evaluations after this stage; default: all of the recipe."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Stage:
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give exactly one of 'steps' and 'epochs'")
-        extra = [
-            part
-            for part in self.optim.part_lr
-            if part not in self.trains and not (part in ("embeddings", "moe") and "language" in self.trains)
-        ]
-        if extra:
-            raise ValueError(
-                f"optim.part_lr names {', '.join(extra)}, which this stage does not train ({', '.join(self.trains)})"
-            )
-        return self
+    @classmethod
+    def cross_faults(cls, raw: dict[str, Any]) -> Iterator[CrossFault]:
+        """See `Strict`."""
+        steps, epochs = raw.get("steps"), raw.get("epochs")
+        if steps is None and epochs is None:
+            yield (), "give one of 'steps' and 'epochs'"
+        if steps is not None and epochs is not None:
+            yield ("epochs",), "give only one of 'steps' and 'epochs'"
+        trains, optim = names(raw.get("trains")), view(raw.get("optim"))
+        for i, part in enumerate(trains):
+            if part in trains[:i]:
+                yield ("trains", i), f"part {part!r} is named twice"
+        within = {"language": ("embeddings", "moe")}  # parts that another one contains
+        trained = {*trains, *(inner for part in trains for inner in within.get(part, ()))}
+        for part in names(optim.get("part_lr")):
+            if trains and part in get_args(Part) and part not in trained:
+                yield (
+                    ("optim", "part_lr", part, KEY),
+                    f"this stage does not train {part!r} (it trains {', '.join(trains)})",
+                )
+        warmup, total = number(optim.get("warmup")), number(steps)
+        if warmup is not None and total is not None and warmup >= 1 and warmup > total:
+            yield ("optim", "warmup"), f"{warmup:g} steps of warmup are more than the {total} steps of the stage"
+        data, mixture = raw.get("data"), view(raw.get("mixture"))
+        sampling = mixture.get("sampling", "concat")
+        if isinstance(data, dict):
+            if sampling != "weight":
+                yield ("data",), f"weights are used by 'mixture: {{sampling: weight}}' only, sampling is {sampling!r}"
+        elif isinstance(data, list):
+            for i, source in enumerate(data):
+                if source in data[:i]:
+                    yield ("data", i), f"source {source!r} is named twice"
+            if sampling == "weight":
+                yield (
+                    ("data",),
+                    "'sampling: weight' needs a weight for each source, e.g. {captions: 0.3, questions: 0.7}",
+                )
+        for source in names(mixture.get("caps")):
+            if source not in names(data):
+                yield (
+                    ("mixture", "caps", source, KEY),
+                    f"{source!r} is not in this stage's data{suggest(source, names(data))}",
+                )
 
 
 class Eval(Strict):
@@ -292,6 +283,17 @@ class Eval(Strict):
     """Longest answer."""
     options: dict[str, Any] = {}
     """Options of the task."""
+
+    @classmethod
+    def cross_faults(cls, raw: dict[str, Any]) -> Iterator[CrossFault]:
+        """See `Strict`."""
+        if isinstance(raw.get("task"), str) and "vqa" in EVAL_TASKS.names():
+            try:
+                EVAL_TASKS.get(raw["task"])(**view(raw.get("options")))
+            except UnknownNameError as error:
+                yield ("task",), str(error)
+            except ValidationError as error:
+                yield from ((("options", *fault["loc"]), fault) for fault in error.errors())
 
 
 class Recipe(Strict):
@@ -318,40 +320,41 @@ class Recipe(Strict):
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
     """Trackers; metrics.jsonl is always written."""
 
-    @model_validator(mode="after")
-    def _check_names(self) -> Recipe:
-        faults = []
-        moe = False
-        for name, stage in self.stages.items():
-            at = ("stages", name)
-            for source in stage.data:
-                if source not in self.data:
-                    faults.append(((*at, "data"), f"no source {source!r} in data{suggest(source, list(self.data))}"))
-            for source in stage.mixture.caps:
-                if source not in stage.data:
-                    faults.append(
-                        ((*at, "mixture", "caps", source), f"caps names {source!r}, which is not in this stage's data")
+    _origin: Origin = PrivateAttr(default_factory=Origin)
+
+    @classmethod
+    def cross_faults(cls, raw: dict[str, Any]) -> Iterator[CrossFault]:
+        """See `Strict`."""
+        if isinstance(raw.get("name"), str) and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", raw["name"]):
+            yield ("name",), f"a name becomes a folder: letters, digits, '.', '_' and '-' only, got {raw['name']!r}"
+        for section in ("data", "stages", "evals"):
+            for name in names(view(raw.get(section))):
+                if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):  # no dot: overrides address by dotted path
+                    yield (section, name, KEY), f"a name has letters, digits, '_' and '-' only, got {name!r}"
+        sources, tasks = view(raw.get("data")), names(raw.get("evals"))
+        upcycled = ""
+        for name, value in view(raw.get("stages")).items():
+            stage, at = view(value), ("stages", name)
+            data = stage.get("data")
+            for i, source in enumerate(names(data)):
+                place = (*at, "data", source, KEY) if isinstance(data, dict) else (*at, "data", i)
+                if source not in sources:
+                    yield place, f"no source {source!r} in data{suggest(source, names(sources))}"
+                elif stage.get("epochs") is not None and view(sources[source]).get("streaming") is True:
+                    yield (*at, "epochs"), f"source {source!r} is a stream of unknown length: give 'steps' instead"
+            for i, task in enumerate(names(stage.get("evals"))):
+                if task not in tasks:
+                    yield (*at, "evals", i), f"no evaluation {task!r} in evals{suggest(task, tasks)}"
+            if stage.get("upcycle") is not None:
+                if upcycled:
+                    yield (*at, "upcycle"), f"stage {upcycled!r} already upcycled the model"
+                upcycled = upcycled or name
+            for i, part in enumerate(names(stage.get("trains"))):
+                if part == "moe" and not upcycled:
+                    yield (
+                        (*at, "trains", i),
+                        "neither this stage nor an earlier one has 'upcycle', so there is no 'moe'",
                     )
-            for task in stage.evals or []:
-                if task not in self.evals:
-                    faults.append(((*at, "evals"), f"no evaluation {task!r} in evals{suggest(task, list(self.evals))}"))
-            if stage.upcycle is not None and moe:
-                faults.append(((*at, "upcycle"), "an earlier stage already upcycled the model"))
-            moe = moe or stage.upcycle is not None
-            if "moe" in stage.trains and not moe:
-                faults.append(
-                    ((*at, "trains"), "trains 'moe', but neither this stage nor an earlier one has 'upcycle'")
-                )
-        if faults:
-            raise PydanticCustomError(
-                "nested",
-                "{reason}",
-                {
-                    "reason": "; ".join(text for _, text in faults),
-                    "errors": [{"loc": loc, "msg": text, "type": "value_error"} for loc, text in faults],
-                },
-            )
-        return self
 
     @property
     def run_dir(self) -> str:

@@ -1,0 +1,116 @@
+"""Questions about the recipe's types: which option stands at a path, which names are known there, what it takes."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+
+from sparsevlm.recipe.schema import ConnectorBlock, Eval
+from sparsevlm.registry import CONNECTOR_BLOCKS, EVAL_TASKS
+
+_SCALARS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+
+
+def members(annotation: Any) -> list[Any]:
+    """Return what a union consists of, or the annotation alone; without `Annotated` around any of it."""
+    if annotation == ConnectorBlock:
+        return [annotation]
+    if get_origin(annotation) is Annotated:
+        return members(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [member for part in get_args(annotation) for member in members(part)]
+    return [annotation]
+
+
+def accepts_null(annotation: Any) -> bool:
+    """Tell whether ``null`` is a value of the option."""
+    return annotation is Any or type(None) in members(annotation)
+
+
+def section_at(annotation: Any, value: Any) -> type[BaseModel] | None:
+    """Return the model whose fields a mapping there has: a recipe section, or the spec of a connector block."""
+    for member in members(annotation):
+        if member == ConnectorBlock:
+            kind = value.get("type") if isinstance(value, dict) else None
+            return CONNECTOR_BLOCKS.get(str(kind)) if kind in CONNECTOR_BLOCKS.names() else None
+        if isinstance(member, type) and issubclass(member, BaseModel):
+            return member
+    return None
+
+
+def _child(annotation: Any, key: str | int, value: Any) -> Any:
+    section = section_at(annotation, value)
+    if section is Eval and key == "options":
+        task = value.get("task") if isinstance(value, dict) else None
+        return EVAL_TASKS.get(str(task)) if task in EVAL_TASKS.names() else None
+    if section is not None:
+        known = section.model_fields.get(str(key))
+        return known.annotation if known is not None else None
+    for member in members(annotation):
+        origin, args = get_origin(member), get_args(member)
+        if origin is dict and isinstance(key, str):
+            return args[1]
+        if origin in (list, tuple) and isinstance(key, int):
+            return args[min(key, len(args) - 1)]
+    return None
+
+
+def annotation_at(root: type[BaseModel], path: Sequence[str | int], plain: Any) -> Any:
+    """Return the annotation of the option at ``path``, None where the schema has none.
+
+    Args:
+        root: The section that paths start from.
+        path: Keys and indices.
+        plain: The values given, for blocks whose type decides on their options.
+    """
+    annotation: Any = root
+    for key in path:
+        annotation = _child(annotation, key, plain)
+        if annotation is None:
+            return None
+        if isinstance(plain, dict):
+            plain = plain.get(key)
+        elif isinstance(plain, list) and isinstance(key, int) and key < len(plain):
+            plain = plain[key]
+        else:
+            plain = None
+    return annotation
+
+
+def describe(annotation: Any) -> str:
+    """Return in words what an option takes: "a whole number or a list of whole numbers"."""
+    literals = [value for member in members(annotation) if get_origin(member) is Literal for value in get_args(member)]
+    words = [" | ".join(_literal(value) for value in literals)] if literals else []
+    words += [_describe_one(member) for member in members(annotation) if get_origin(member) is not Literal]
+    return " or ".join(words)
+
+
+def _literal(value: Any) -> str:
+    return value if isinstance(value, str) else str(value).lower()
+
+
+def _describe_one(member: Any) -> str:
+    origin, args = get_origin(member), get_args(member)
+    if member in _SCALARS:
+        return _SCALARS[member]
+    if member == ConnectorBlock:
+        return "a connector block"
+    if origin is list:
+        return f"a list of {_plural(describe(args[0]))}"
+    if origin is tuple:
+        return f"a list of {len(args)} {_plural(describe(args[0]))}"
+    if origin is dict:
+        return f"a mapping of names to {_plural(describe(args[1]))}"
+    if isinstance(member, type) and issubclass(member, BaseModel):
+        return "a mapping"
+    return "any value"
+
+
+def _plural(words: str) -> str:
+    if not words.startswith("a "):
+        return words
+    noun, of, rest = words.removeprefix("a ").partition(" of ")
+    return f"{noun}s{of}{rest}"

@@ -1,0 +1,112 @@
+"""The model sections of a recipe: the parts and what joins them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic_core import PydanticCustomError
+
+from sparsevlm.recipe.section import CrossFault, Positive, Strict, nested_error, number
+from sparsevlm.registry import CONNECTOR_BLOCKS, UnknownNameError
+
+
+def _parse_connector_block(raw: Any) -> Any:
+    """Validate a block through its registered spec; its faults keep their option (see `recipe.faults`)."""
+    if not isinstance(raw, dict) or not isinstance(raw.get("type"), str):
+        raise PydanticCustomError("connector_block", "a connector block is a mapping with a 'type', e.g. {{type: mlp}}")
+    try:
+        CONNECTOR_BLOCKS.get(raw["type"]).model_validate(raw)
+    except UnknownNameError as error:
+        raise nested_error([{"loc": ("type",), "msg": str(error), "type": "cross"}]) from None
+    except ValidationError as error:
+        raise nested_error(error.errors()) from None
+    return raw
+
+
+ConnectorBlock = Annotated[dict[str, Any], BeforeValidator(_parse_connector_block)]
+
+
+class Vision(Strict):
+    """The vision tower and how pictures are brought to its size."""
+
+    path: str
+    """Hub id, local directory, or `sparsevlm:NAME` for a part that the package ships. Any transformers vision model:
+    ViT with or without CLS token, or a timm network as `TimmWrapper`."""
+    layer: int | list[int] = -1
+    """Hidden layer whose features are taken (negative counts from the end; a list concatenates their features)."""
+    select: Literal["auto", "patch", "full"] = "auto"
+    """`patch` drops the tokens before the grid (CLS, registers), `full` keeps them (not possible with blocks that need
+    a grid), `auto` drops them where the tower has any."""
+    image_size: int | None = Field(default=None, ge=1)
+    """Side in pixels that pictures are brought to; default: what the tower was trained at."""
+    resize: Literal["stretch", "crop", "pad"] = "pad"
+    """`stretch` ignores the aspect ratio, `crop` resizes the short side and cuts the centre, `pad` resizes the long
+    side and fills to a square with the mean colour."""
+    mean: tuple[float, float, float] | None = None
+    """Channel means; default: the tower's preprocessor file, else its config, else 0.5."""
+    std: tuple[Positive, Positive, Positive] | None = None
+    """Channel standard deviations; default as for `mean`."""
+
+
+class Language(Strict):
+    """The language model."""
+
+    path: str
+    """Hub id, local directory, or `sparsevlm:NAME` for a part that the package ships. Any causal language model."""
+    chat_template: str = "auto"
+    """`auto` takes the tokenizer's template if it marks the assistant's tokens, else refuses. Or one that the package
+    ships (`chatml`, `vicuna_v1`, `plain`), or a path to a Jinja file with `{% generation %}` markers."""
+    attention: Literal["auto", "packed_sdpa", "sdpa", "flash_attention_2", "flash_attention_3", "eager"] = "auto"
+    """Attention implementation. `auto`: flash_attention_2 where it is installed and a GPU is there, else packed_sdpa
+    (causal SDPA per document of a packed row)."""
+
+
+class Video(Strict):
+    """How frames are drawn from videos."""
+
+    fps: float | None = Field(default=1.0, gt=0)
+    """Frames a second; null draws `max_frames` evenly whatever the length."""
+    min_frames: int = Field(default=1, ge=1)
+    """Shorter clips are sampled more densely to reach this many, as far as they have frames."""
+    max_frames: int = Field(default=64, ge=1)
+    """Longer clips are thinned evenly to this many."""
+
+    @classmethod
+    def cross_faults(cls, raw: dict[str, Any]) -> Iterator[CrossFault]:
+        """See `Strict`."""
+        fewest, most = number(raw.get("min_frames", 1)), number(raw.get("max_frames", 64))
+        if fewest is not None and most is not None and fewest > most:
+            at = "min_frames" if "min_frames" in raw else "max_frames"
+            yield (at,), f"min_frames {fewest} is more than max_frames {most}"
+
+
+class Model(Strict):
+    """The parts and what joins them."""
+
+    vision: Vision
+    """The vision tower."""
+    language: Language
+    """The language model."""
+    connector: list[ConnectorBlock] = Field(default=[{"type": "mlp"}], min_length=1)
+    """Blocks that map visual features to the language model, in order. The last must end at the language model's
+    width."""
+    video: Video = Video()
+    """Frame sampling."""
+    image_token: str = "<image>"
+    """Placeholder of an image in the prompt; added to the tokenizer when it is not there."""
+    video_token: str = "<video>"
+    """Placeholder of a video."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type in which stage outputs are kept. Master weights are trained in float32 unless `bfloat16` is chosen here."""
+    trust_remote_code: bool = False
+    """Allow parts whose code comes from the Hub."""
+
+    @classmethod
+    def cross_faults(cls, raw: dict[str, Any]) -> Iterator[CrossFault]:
+        """See `Strict`."""
+        image, video = raw.get("image_token", "<image>"), raw.get("video_token", "<video>")
+        if image == video:
+            at = "video_token" if "video_token" in raw else "image_token"
+            yield (at,), f"images and videos need different placeholders, both are {image!r}"
