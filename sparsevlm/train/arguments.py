@@ -1,0 +1,84 @@
+"""From a recipe's stage to the arguments of the trainer."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparsevlm.recipe.schema import Recipe, Stage
+from sparsevlm.train.loader import accumulation_steps
+from sparsevlm.train.sharding import deepspeed_config
+
+if TYPE_CHECKING:
+    from trl import SFTConfig
+
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+"""The recipe's schedule -> the one of transformers (all with warmup)."""
+
+
+def save_steps(stage: Stage, num_steps: int) -> int:
+    """Return the steps between checkpoints: what the stage says, else a tenth of it, at most 500."""
+    return stage.save_every or max(1, min(500, num_steps // 10))
+
+
+def training_arguments(
+    recipe: Recipe, name: str, *, num_steps: int, stage_dir: Path, world_size: int, sharded: bool
+) -> SFTConfig:
+    """Translate a stage.
+
+    Args:
+        recipe: The resolved recipe.
+        name: The stage.
+        num_steps: Optimizer steps.
+        stage_dir: ``RUN/<stage>``.
+        world_size: Processes of the run.
+        sharded: Use DeepSpeed as the recipe's `sharding` says.
+
+    Raises:
+        ValueError: The batch does not divide over the processes.
+    """
+    import torch
+    from trl import SFTConfig
+
+    stage = recipe.stages[name]
+    config = deepspeed_config(recipe.sharding_of(stage), stage, recipe.model.dtype) if sharded else None
+    use_cpu = not torch.accelerator.is_available()
+    pure = config is not None and config["bf16"]["enabled"]
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(stage_dir / "tensorboard")  # transformers reads no argument for it
+    return SFTConfig(
+        output_dir=str(stage_dir / "checkpoints"),
+        run_name=f"{recipe.name}-{name}",
+        seed=recipe.seed,
+        max_steps=num_steps,
+        per_device_train_batch_size=stage.batch.rows_per_rank,
+        gradient_accumulation_steps=accumulation_steps(stage.batch, world_size),
+        learning_rate=stage.optim.lr,
+        lr_scheduler_type=SCHEDULES[stage.optim.schedule],
+        warmup_steps=stage.optim.warmup,
+        max_grad_norm=stage.optim.max_grad_norm,
+        weight_decay=stage.optim.weight_decay,
+        adam_beta1=stage.optim.betas[0],
+        adam_beta2=stage.optim.betas[1],
+        adam_epsilon=stage.optim.eps,
+        # DeepSpeed has its own switches: autocast over float32 weights, or bfloat16 weights.
+        bf16=stage.precision == "bf16" and (config is None or pure),
+        activation_checkpointing=stage.gradient_checkpointing,
+        # Reentrant recomputation would lose the gradient of the router's load-balancing loss.
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        # Part of a trained tower may be unused (layers after the one whose features are taken).
+        ddp_find_unused_parameters="vision" in stage.trains,
+        ddp_backend="gloo" if use_cpu and world_size > 1 else None,
+        use_cpu=use_cpu,
+        dataloader_num_workers=stage.batch.workers,
+        logging_steps=stage.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=save_steps(stage, num_steps),
+        save_total_limit=None,  # `checkpoints.rotate` counts complete ones only
+        report_to=list(recipe.report_to) or "none",
+        disable_tqdm=True,
+        deepspeed=config,
+        remove_unused_columns=False,
+    )

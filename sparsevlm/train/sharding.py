@@ -1,0 +1,58 @@
+"""The recipe's `sharding` as a DeepSpeed configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sparsevlm.recipe.schema import Recipe, Sharding, Stage
+
+
+def uses_deepspeed(recipe: Recipe, stage: Stage, num_processes: int) -> bool:
+    """Return whether a stage runs under DeepSpeed.
+
+    On one process there is nothing to shard, so DeepSpeed is used only where something is to be offloaded: the same
+    recipe runs on a laptop without it.
+    """
+    sharding = recipe.sharding_of(stage)
+    return sharding.zero > 0 and (num_processes > 1 or sharding.offload != "none")
+
+
+def deepspeed_config(sharding: Sharding, stage: Stage, dtype: str) -> dict[str, Any] | None:
+    """Return the DeepSpeed configuration of a stage, None for plain data parallelism.
+
+    Batch sizes and clipping are left ``"auto"`` for the trainer. Precision `bf16` is autocast over float32 weights,
+    or, where the model is kept in bfloat16, bfloat16 weights with sharded float32 masters. The optimizer stays torch's
+    AdamW in every case, also offloaded, so that the update does not depend on the sharding.
+
+    Args:
+        sharding: What to shard and offload.
+        stage: The stage.
+        dtype: The recipe's `model.dtype`.
+    """
+    if sharding.zero == 0:
+        return None
+    zero: dict[str, Any] = {
+        "stage": sharding.zero,
+        "contiguous_gradients": True,
+        "overlap_comm": True,
+        # Stage output is always a complete model, never shards to convert by hand.
+        "stage3_gather_16bit_weights_on_model_save": True,
+    }
+    if sharding.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if sharding.offload == "all":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    pure = stage.precision == "bf16" and dtype == "bfloat16"
+    return {
+        "zero_optimization": zero,
+        "bf16": {"enabled": pure},
+        "torch_autocast": {"enabled": stage.precision == "bf16" and not pure, "dtype": "bfloat16"},
+        "gradient_clipping": "auto",
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1_000_000_000,
+        "wall_clock_breakdown": False,
+    }

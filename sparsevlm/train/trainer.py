@@ -1,0 +1,413 @@
+"""The trainer: trl's SFTTrainer with our batches, parts, loss scale and stop on non-finite numbers.
+
+What it leaves out on purpose: trl's entropy and token accuracy. They need the logits of every position, and the model
+projects only positions that have a target.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
+from trl import SFTConfig, SFTTrainer
+
+from sparsevlm.data.sample import IGNORE_INDEX
+from sparsevlm.moe.router import select_experts
+from sparsevlm.recipe.schema import Optim
+from sparsevlm.train import checkpoints
+from sparsevlm.train.loader import BatchWithIds, StepSampler
+from sparsevlm.train.parts import freeze_tower_state, parameter_groups
+
+TRAINABLES = "trainables.safetensors"
+WINDOW = "window_{rank}.json"
+
+TARGETS, TOKENS, SLOTS, VISUAL, SAMPLES = range(5)
+"""Columns of the counts of a step: target tokens, real tokens, tokens with padding, visual tokens, samples."""
+
+
+class NonFiniteError(ValueError):
+    """A loss or gradient is NaN or infinite; the weights were not updated."""
+
+
+@dataclass
+class _Window:
+    """What happened since the last log, on this rank (`counts`: on all ranks)."""
+
+    counts: Tensor
+    aux_loss: float | Tensor = 0.0
+    aux_batches: int = 0
+    expert_counts: Tensor | None = None
+    seconds: float = 0.0
+
+
+class _WindowCallback(TrainerCallback):
+    """Restores the log window once the loop has set up its own counters, and logs the last step."""
+
+    def __init__(self, trainer: VLMTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.restore_window()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+
+class VLMTrainer(SFTTrainer):
+    """Trains one stage.
+
+    Args:
+        model: A `SparseVLMForConditionalGeneration` with its trainable parts chosen (`parts.select_trainable`).
+        args: From `arguments.training_arguments`.
+        processor: The model's processor.
+        dataset: Map-style or iterable; item = row = list of `Encoded`.
+        collator: Rows to model inputs.
+        optim: Learning rates, decay.
+        stage_dir: Where `bad_batch.json` goes.
+        marker: What is written into the completion marker of checkpoints.
+        callbacks: As for `Trainer`.
+    """
+
+    loss_is_scaled_for_ga = True  # `compute_loss` divides by the targets of the whole step
+
+    def __init__(
+        self,
+        model: Any,
+        args: SFTConfig,
+        *,
+        processor: Any,
+        dataset: Any,
+        collator: Any,
+        optim: Optim,
+        stage_dir: Path,
+        marker: dict[str, Any] | None = None,
+        callbacks: list[Any] | None = None,
+    ) -> None:
+        from datasets import Dataset
+
+        # SFTTrainer insists on a `datasets.Dataset` and looks at its first row; ours takes its place right after.
+        args.dataset_kwargs = {"skip_prepare_dataset": True}
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=BatchWithIds(collator),
+            train_dataset=Dataset.from_dict({"row": [0]}),
+            processing_class=processor,
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_WindowCallback(self))
+        self.train_dataset = dataset
+        self.optim = optim
+        self.stage_dir = Path(stage_dir)
+        self.marker = marker or {}
+        self.visual_ids = torch.tensor([model.config.image_token_id, model.config.video_token_id])
+        self.moe_layers: list[int] = list((model.config.moe or {}).get("layers", []))
+        self.group_names: list[str] = []
+        self._rates: list[float] = []
+        self._resumed: Path | None = None
+        self._ids: Iterator[list[str]] = iter(())
+        self._step_ids: list[list[str]] = []
+        self._batch_ids: list[str] = []
+        self._reset_window()
+
+    def _send_telemetry(self) -> None:
+        """Send nothing."""
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Count nothing: the estimate of transformers walks all modules each batch and knows no experts."""
+        return 0
+
+    # ---- data ---------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return this rank's batches. Neither order nor content depends on the number of ranks or workers."""
+        rows, workers = self.args.per_device_train_batch_size, self.args.dataloader_num_workers
+        options: dict[str, Any] = {
+            "collate_fn": self.data_collator,
+            "num_workers": workers,
+            "pin_memory": self.args.device.type == "cuda",
+            "prefetch_factor": 4 if workers else None,
+            # Its own generator: the loader must not draw from the one that dropout uses.
+            "generator": torch.Generator().manual_seed(self.args.seed),
+        }
+        dataset: Any = self.train_dataset
+        if isinstance(dataset, IterableDataset):
+            return DataLoader(dataset, batch_size=rows, **options)
+        sampler = StepSampler(len(dataset), rows, self.args.process_index, self.args.world_size)
+        return DataLoader(dataset, batch_sampler=sampler, **options)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """Return the micro-batches of a step and its target tokens over all ranks."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        self._step_ids = [batch.pop("sample_ids") for batch in batches]
+        self._ids = iter(self._step_ids)
+        counts = torch.stack([self._count(batch) for batch in batches]).sum(0) if batches else torch.zeros(5)
+        counts[SAMPLES] = sum(map(len, self._step_ids))
+        counts = counts.to(device, torch.int64)
+        if self.args.world_size > 1:
+            counts = self.accelerator.gather(counts[None]).sum(0)  # pyright: ignore
+        self._window.counts += counts
+        return batches, counts[TARGETS].clamp(min=1)
+
+    def _count(self, batch: dict[str, Any]) -> Tensor:
+        """Count a micro-batch; see `TARGETS` and following."""
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        slots = ids.numel()
+        return torch.tensor(
+            [
+                int((batch["labels"][..., 1:] != IGNORE_INDEX).sum()),
+                slots if mask is None else int(mask.sum()),
+                slots,
+                int(torch.isin(ids, self.visual_ids).sum()),
+                0,
+            ]
+        )
+
+    # ---- loss ---------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the loss such that its gradient, averaged over ranks and summed over micro-batches, is right.
+
+        The model divides by the targets of all ranks, so the mean that DDP and DeepSpeed take over W ranks is undone
+        by a factor W. The load-balancing loss is a mean for each micro-batch: it gets 1 / (micro-batches) and is left
+        to the mean over ranks, hence the second W.
+        """
+        freeze_tower_state(self.model)  # `training_step` has just put all of it in training mode
+        self._batch_ids = next(self._ids, [])
+        world = self.args.world_size
+        measure = bool(self.moe_layers) and self._will_log()
+        outputs = model(
+            **inputs,
+            num_items_in_batch=num_items_in_batch,
+            aux_loss_scale=1.0 / (world * max(self.current_gradient_accumulation_steps, 1)),
+            output_router_logits=measure or None,
+            use_cache=False,
+        )
+        loss = outputs.loss * world
+        if not bool(torch.isfinite(loss.detach())):
+            self._stop(f"the loss is {loss.item()}", {"loss": str(loss.item())}, [self._batch_ids], everywhere=False)
+        if outputs.aux_loss is not None:
+            self._window.aux_loss = self._window.aux_loss + outputs.aux_loss.detach()
+            self._window.aux_batches += 1
+        if measure:
+            self._count_experts(outputs.router_logits, inputs.get("attention_mask"))
+        return (loss, outputs) if return_outputs else loss
+
+    def _will_log(self) -> bool:
+        """Tell whether the current step ends with a log."""
+        step = self.state.global_step + 1
+        return step in (1, self.state.max_steps) or step % int(self.args.logging_steps) == 0
+
+    def _count_experts(self, router_logits: Any, mask: Tensor | None) -> None:
+        """Add up how many tokens each expert of each layer got in this micro-batch, ``(layers, experts)``."""
+        top_k = self.model.config.moe["num_experts_per_tok"]
+        rows = []
+        for logits in router_logits:  # (S, E)
+            chosen = select_experts(logits.detach(), top_k)  # (S, k)
+            if mask is not None:
+                chosen = chosen[mask.reshape(-1).bool()]
+            rows.append(torch.bincount(chosen.reshape(-1), minlength=logits.shape[-1]))
+        counts = torch.stack(rows)
+        previous = self._window.expert_counts
+        self._window.expert_counts = counts if previous is None else previous + counts
+
+    # ---- stop on non-finite numbers -------------------------------------------------------------------------------
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Return the gradient norm; called before the update (DeepSpeed has then skipped a non-finite one itself)."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        value = float(norm)
+        if value != value or value in (float("inf"), float("-inf")) or value < 0:  # DeepSpeed writes -1 for NaN
+            bad = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+            what = f"the gradient norm is {value}" + (f" (first in {bad[0]})" if bad else "")
+            self._stop(what, {"grad_norm": str(value), "parameters": bad[:20]}, self._step_ids, everywhere=True)
+        return norm
+
+    def _stop(self, what: str, numbers: dict[str, Any], ids: list[list[str]], everywhere: bool) -> None:
+        """Write `bad_batch.json` and raise.
+
+        Args:
+            what: What was found, for the message.
+            numbers: Entered in the file.
+            ids: Sample ids of the micro-batches in question on this rank.
+            everywhere: All ranks are here, so the ids of all can be collected.
+        """
+        step = self.state.global_step + 1
+        if everywhere and self.args.world_size > 1:
+            from accelerate.utils import gather_object
+
+            ids = gather_object(ids)
+        if self.args.should_save or not everywhere:
+            self.stage_dir.mkdir(parents=True, exist_ok=True)
+            record = {"step": step, "rank": self.args.process_index, **numbers, "samples": ids}
+            checkpoints.write_atomically(self.stage_dir / "bad_batch.json", json.dumps(record, indent=2) + "\n")
+        flat = [sample for batch in ids for sample in batch]
+        shown = ", ".join(flat[:8]) + (f" and {len(flat) - 8} more" if len(flat) > 8 else "")
+        raise NonFiniteError(
+            f"step {step}: {what}; the run stopped before the update. Samples: {shown}. All of them and more are in "
+            f"{self.stage_dir / 'bad_batch.json'}. Look at these samples, lower the learning rate or "
+            "max_grad_norm, or use precision fp32"
+        )
+
+    # ---- optimizer ------------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Create AdamW over the groups of `parts.parameter_groups`."""
+        if self.optimizer is None:
+            groups = parameter_groups(self.model, self.optim)
+            self.group_names = [group["name"] for group in groups]
+            self.optimizer = torch.optim.AdamW(
+                groups,
+                lr=self.optim.lr,
+                betas=self.optim.betas,
+                eps=self.optim.eps,
+                fused=not self.is_deepspeed_enabled and self.args.device.type in ("cuda", "cpu", "xpu"),
+            )
+        return self.optimizer
+
+    def _get_learning_rate(self) -> float:
+        """Also remember the rates of all groups; called between the update and the scheduler's step."""
+        self._rates = [float(rate) for rate in self.lr_scheduler.get_last_lr()]  # pyright: ignore
+        return max(self._rates)
+
+    # ---- metrics --------------------------------------------------------------------------------------------------
+
+    def _reset_window(self) -> None:
+        self._window = _Window(torch.zeros(5, dtype=torch.int64, device=self.args.device))
+        self._since = time.perf_counter()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the window's metrics to a training log, and skip trl's."""
+        if "loss" in logs:
+            logs.pop("learning_rate", None)
+            logs.update(self._window_metrics())
+            self._reset_window()
+        super(SFTTrainer, self).log(logs)
+
+    def _window_metrics(self) -> dict[str, float]:
+        """Return the numbers of all steps since the last log; names with ``/`` are nested in metrics.jsonl."""
+        window = self._window
+        seconds = max(window.seconds + time.perf_counter() - self._since, 1e-9)
+        counts = window.counts.tolist()
+        metrics: dict[str, float] = {}
+        for name, rate in zip(self.group_names, self._rates, strict=False):
+            metrics[f"lr/{name.removesuffix('/no_decay')}"] = rate
+        metrics |= {
+            "tokens_per_second": counts[TOKENS] / seconds,
+            "tokens": counts[TOKENS],
+            "target_tokens": counts[TARGETS],
+            "visual_tokens": counts[VISUAL],
+            "samples": counts[SAMPLES],
+            "padding_share": 1 - counts[TOKENS] / max(counts[SLOTS], 1),
+        }
+        if window.aux_batches:
+            mean = torch.as_tensor(window.aux_loss, device=self.args.device) / window.aux_batches
+            metrics["aux_loss"] = float(self.accelerator.gather(mean.reshape(1)).mean())  # pyright: ignore
+        if window.expert_counts is not None:
+            total = self.accelerator.gather(window.expert_counts[None]).sum(0)  # pyright: ignore  # (layers, experts)
+            load = total / total.sum(-1, keepdim=True).clamp(min=1)
+            for layer, row in zip(self.moe_layers, load.tolist(), strict=True):
+                metrics |= {f"expert_load/layer_{layer}/{expert}": share for expert, share in enumerate(row)}
+        return metrics
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write none; a stage has its own."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the whole model, or into a checkpoint only what this stage changes."""
+        if not _internal_call:
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save and not self.is_deepspeed_enabled:  # DeepSpeed saves it with the optimizer
+            assert output_dir is not None
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            save_file(self._trainable_state(), Path(output_dir) / TRAINABLES)
+
+    def _trainable_state(self) -> dict[str, Tensor]:
+        """Return the parameters that train and all saved buffers (batch statistics), by name."""
+        state = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        buffers = {name: b for name, b in self.model.state_dict().items() if name not in parameters}
+        return {name: tensor.contiguous() for name, tensor in {**state, **buffers}.items()}
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        saved = load_file(Path(resume_from_checkpoint) / TRAINABLES)
+        here = self._trainable_state()
+        if saved.keys() != here.keys():
+            raise ValueError(
+                f"{resume_from_checkpoint} holds other parameters than this stage trains: "
+                f"{sorted(saved.keys() ^ here.keys())[:5]}; delete the stage's directory to start it anew"
+            )
+        with torch.no_grad():
+            for name, tensor in here.items():
+                tensor.copy_(saved[name])
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled:
+            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)  # pyright: ignore
+            if self.args.should_save:
+                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")  # pyright: ignore
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        window = {
+            "loss": float(self._tr_loss),
+            "last_logged": self._globalstep_last_logged,
+            "counts": self._window.counts.tolist(),
+            "aux_loss": float(self._window.aux_loss),
+            "aux_batches": self._window.aux_batches,
+            "seconds": self._window.seconds + time.perf_counter() - self._since,
+        }
+        (Path(output_dir) / WINDOW.format(rank=self.args.process_index)).write_text(json.dumps(window))
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, from a checkpoint directory if one is given."""
+        self._resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def restore_window(self) -> None:
+        """Continue the open log window of the checkpoint, so that logs equal those of an uninterrupted run."""
+        if self._resumed is None:
+            self._reset_window()
+            return
+        file = self._resumed / WINDOW.format(rank=self.args.process_index)
+        saved = json.loads(file.read_text())
+        self._tr_loss = torch.tensor(saved["loss"], device=self.args.device)
+        self._globalstep_last_logged = saved["last_logged"]
+        self._reset_window()
+        self._window.counts += torch.tensor(saved["counts"], device=self.args.device)
+        self._window.aux_loss = torch.tensor(saved["aux_loss"], device=self.args.device)
+        self._window.aux_batches = saved["aux_batches"]
+        self._window.seconds = saved["seconds"]
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        started = time.perf_counter()
+        super(SFTTrainer, self)._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            root = Path(str(self.args.output_dir))
+            checkpoints.mark_complete(
+                root / f"checkpoint-{self.state.global_step}", {"step": self.state.global_step, **self.marker}
+            )
+            checkpoints.rotate(root)
+        self.accelerator.wait_for_everyone()
+        self._since += time.perf_counter() - started  # throughput is of training
