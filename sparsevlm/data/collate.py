@@ -1,0 +1,101 @@
+"""Encoded samples to a batch: one packed row, or padded rows.
+
+Legend: B rows, T tokens of a row, D documents (samples), I visual items, F frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsevlm.data.sample import IGNORE_INDEX, Encoded
+from sparsevlm.vision.tokens import MEDIA_KINDS
+
+
+class Collator:
+    """Puts the samples of one or several rows together.
+
+    Packed: all documents one after the other in a single row ``(1, T)``. ``position_ids`` restart at every document
+    and ``cu_seq_lens_q/k`` (``(D + 1,)`` int32) with ``max_length_q/k`` mark the boundaries; there is no attention
+    mask, which would join the documents again. Padded: ``(B, T)`` right-padded rows, one a document, with
+    ``attention_mask``.
+
+    Both: ``input_ids``, ``labels``, and where there are media ``pixel_values`` ``(F, 3, H, W)``, ``image_grid_thw``
+    ``(I, 3)``, ``media_kinds`` ``(I,)`` and ``media_owners`` ``(I,)`` (the document of each item; in padded batches
+    that is the row). The label of a document's first token is ignored: nothing precedes it, and in a packed row the
+    end of another document would be trained to predict it.
+
+    A batch without any sample (all of its samples could not be read, or the last step of an epoch has fewer rows)
+    holds one padding token and no target, so that every process still takes part in the step.
+
+    Args:
+        pad_token_id: Token that fills up padded rows.
+        packed: Pack or pad.
+    """
+
+    def __init__(self, pad_token_id: int, packed: bool) -> None:
+        self.pad_token_id = pad_token_id
+        self.packed = packed
+
+    def __call__(self, rows: Sequence[Sequence[Encoded]]) -> dict[str, Any]:
+        """Return the batch of the rows' documents, in order."""
+        documents = [document for row in rows for document in row] or [self._filler()]
+        return {**(self._pack if self.packed else self._pad)(documents), **_media(documents)}
+
+    def _filler(self) -> Encoded:
+        return Encoded(torch.tensor([self.pad_token_id]), torch.tensor([IGNORE_INDEX]))
+
+    def _pack(self, documents: Sequence[Encoded]) -> dict[str, Any]:
+        lengths = [document.length for document in documents]
+        boundaries = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)  # (D + 1,)
+        return {
+            "input_ids": torch.cat([document.input_ids for document in documents])[None],  # (1, T)
+            "labels": torch.cat([_targets(document) for document in documents])[None],
+            "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+            "cu_seq_lens_q": boundaries,
+            "cu_seq_lens_k": boundaries,
+            "max_length_q": max(lengths),
+            "max_length_k": max(lengths),
+        }
+
+    def _pad(self, documents: Sequence[Encoded]) -> dict[str, Any]:
+        shape = len(documents), max(document.length for document in documents)
+        batch = {
+            "input_ids": torch.full(shape, self.pad_token_id),  # (B, T)
+            "labels": torch.full(shape, IGNORE_INDEX),
+            "attention_mask": torch.zeros(shape, dtype=torch.long),
+        }
+        for i, document in enumerate(documents):
+            batch["input_ids"][i, : document.length] = document.input_ids
+            batch["labels"][i, : document.length] = _targets(document)
+            batch["attention_mask"][i, : document.length] = 1
+        return batch
+
+
+def _targets(document: Encoded) -> Tensor:
+    labels = document.labels.clone()  # (T,)
+    labels[0] = IGNORE_INDEX
+    return labels
+
+
+def _media(documents: Sequence[Encoded]) -> dict[str, Tensor]:
+    pixels = [document.pixel_values for document in documents if document.pixel_values is not None]
+    if not pixels:
+        return {}
+    items = [
+        (owner, grid, MEDIA_KINDS.index(kind))
+        for owner, document in enumerate(documents)
+        for grid, kind in zip(document.grids, document.kinds, strict=True)
+    ]
+    owners, grids, kinds = zip(*items, strict=True)
+    assert sum(p.shape[0] for p in pixels) == sum(grid.t for grid in grids), "frames and tower grids disagree"
+    return {
+        "pixel_values": torch.cat(pixels),  # (F, 3, H, W)
+        "image_grid_thw": torch.tensor([tuple(grid) for grid in grids], dtype=torch.long),  # (I, 3)
+        "media_kinds": torch.tensor(kinds, dtype=torch.long),  # (I,)
+        "media_owners": torch.tensor(owners, dtype=torch.long),  # (I,)
+    }
