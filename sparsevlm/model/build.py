@@ -205,6 +205,7 @@ def build_model(
     size = len(processor.tokenizer)
     if size > config.text_config.vocab_size:  # pyright: ignore[reportOptionalMemberAccess]
         ours.resize_token_embeddings(size, mean_resizing=False)
+    set_attention(ours, model.language.attention)
     return ours, processor
 
 

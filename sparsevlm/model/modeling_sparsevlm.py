@@ -196,6 +196,15 @@ class SparseVLMModel(SparseVLMPreTrainedModel):
         elif self.training and torch.is_grad_enabled():
             inputs_embeds = self._touch_vision(inputs_embeds)
 
+        packed = kwargs.get("cu_seq_lens_q") is not None
+        if packed and past_key_values is not None:
+            raise ValueError("a packed row takes no past_key_values; generate from padded prompts")
+        if packed or (
+            past_key_values is None and (self.training or (position_ids is not None and attention_mask is None))
+        ):
+            # With a cache, even a fresh one, transformers takes a packed row for one document, and its documents would
+            # see each other.
+            kwargs["use_cache"] = False
         with collect_router_logits() as collected:
             outputs = self.language_model(
                 inputs_embeds=inputs_embeds,

@@ -13,7 +13,9 @@ from PIL import Image
 from sparsevlm.data.collate import Collator
 
 from sparsevlm.data.sample import IGNORE_INDEX, BadSampleError, Media, Message, Sample
-from sparsevlm.model.build import build_model, load_model
+from sparsevlm.model.build import build_model, load_model, set_attention
+from sparsevlm.moe.upcycle import upcycle_model
+from sparsevlm.recipe.schema import Upcycle
 from sparsevlm.vision.tokens import MediaKind
 from tests import tiny
 
@@ -115,8 +117,10 @@ def test_training_loss_over_targets_equals_loss_over_all_logits(tiny_model: Any)
     torch.testing.assert_close(model(**batch, num_items_in_batch=2 * targets).loss, full.loss / 2)
 
 
-def test_packed_loss_and_gradients_equal_padded(tiny_model: Any) -> None:
+@pytest.mark.parametrize("attention", ["packed_sdpa", "sdpa", "eager"])
+def test_packed_loss_and_gradients_equal_padded(tiny_model: Any, attention: str) -> None:
     model, processor = tiny_model
+    set_attention(model, attention)
     model.train()
     results = []
     for packed in (False, True):
@@ -144,7 +148,10 @@ def test_documents_of_a_packed_row_do_not_see_each_other(tiny_model: Any) -> Non
     model, processor = tiny_model
     model.eval()
     alone = model(**collate(processor, [SAMPLES[2]], packed=True)).logits[0]
-    row = model(**collate(processor, [SAMPLES[0], SAMPLES[2], SAMPLES[3]], packed=True)).logits[0]
+    batch = collate(processor, [SAMPLES[0], SAMPLES[2], SAMPLES[3]], packed=True)
+    row = model(**batch).logits[0]
+    by_positions = model(**{k: v for k, v in batch.items() if not k.startswith(("cu_seq", "max_length"))}).logits[0]
+    torch.testing.assert_close(by_positions, row, atol=1e-5, rtol=1e-5)
     start = processor.encode(SAMPLES[0]).length
     torch.testing.assert_close(row[start : start + alone.shape[0]], alone, atol=1e-5, rtol=1e-5)
 
@@ -163,7 +170,7 @@ def prompts(*which: int) -> list[Sample]:
 
 def generate(model: Any, processor: Any, samples: list[Sample], **options: Any) -> list[list[int]]:
     batch = processor.encode_prompts(samples)
-    out = model.generate(**batch, max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0, **options)
+    out = model.generate(**batch, max_new_tokens=8, do_sample=False, eos_token_id=10_000, pad_token_id=0, **options)
     return out[:, batch["input_ids"].shape[1] :].tolist()
 
 
@@ -193,7 +200,7 @@ def test_save_and_reload_is_bit_identical(tiny_model: Any, tmp_path: Path) -> No
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     again, processor_again = load_model(tmp_path)
-    assert again.config.to_dict() == model.config.to_dict()
+    assert again.config.to_dict() | {"_name_or_path": ""} == model.config.to_dict() | {"_name_or_path": ""}
     ours, theirs = model.state_dict(), again.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -202,6 +209,24 @@ def test_save_and_reload_is_bit_identical(tiny_model: Any, tmp_path: Path) -> No
     batch = collate(processor, SAMPLES, packed=True)
     batch_again = collate(processor_again, SAMPLES, packed=True)
     assert torch.equal(model.eval()(**batch).logits, again.eval()(**batch_again).logits)
+
+
+@pytest.mark.parametrize("language", ["llama", "phi"])
+def test_upcycled_model_keeps_its_function_and_reloads(tmp_path: Path, language: str) -> None:
+    model, processor = build_model(tiny.recipe_model(tiny.save_parts(tmp_path / "parts", language=language)))
+    batch = collate(processor, SAMPLES, packed=True)
+    dense = model.eval()(**batch).logits
+    upcycle_model(model, Upcycle(layers="alternate", experts=4, top_k=2), seed=0)
+    sparse = model.eval()(**batch).logits
+    torch.testing.assert_close(sparse, dense, atol=1e-5, rtol=0)
+    model.save_pretrained(tmp_path / "moe")
+    processor.save_pretrained(tmp_path / "moe")
+    again, _ = load_model(tmp_path / "moe")
+    assert torch.equal(again.eval()(**batch).logits, sparse)
+    out = again.train()(**batch)
+    assert len(again.eval()(**batch, output_router_logits=True).router_logits) == 1
+    out.loss.backward()
+    assert again.model.language_model.layers[0].mlp.gate.weight.grad.abs().sum() > 0
 
 
 def test_auto_classes_and_pipeline(tiny_model: Any, tmp_path: Path) -> None:
