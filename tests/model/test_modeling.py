@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from sparsevlm.data.collate import Collator
 
+from sparsevlm.data.collate import Collator
 from sparsevlm.data.sample import IGNORE_INDEX, BadSampleError, Media, Message, Sample
 from sparsevlm.model.build import build_model, load_model, set_attention
 from sparsevlm.moe.upcycle import upcycle_model
