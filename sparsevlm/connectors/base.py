@@ -2,11 +2,14 @@
 
 The processor counts placeholder tokens from specs alone, so a spec's `output_grid` is the contract: for every grid and
 kind it must name exactly the grid that the module returns, whatever the pixel values.
+
+Legend: N tokens of all items together, D feature width before the block, D' after it; F frames of h x w tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -15,7 +18,9 @@ from sparsevlm.registry import CONNECTOR_BLOCKS
 from sparsevlm.vision.tokens import Grid, MediaKind
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
+
+    from sparsevlm.vision.tokens import VisualTokens
 
 
 class BlockSpec(BaseModel):
@@ -81,3 +86,27 @@ def connector_dims(specs: Sequence[BlockSpec], input_dim: int, text_dim: int) ->
     for spec in specs:
         dims.append(spec.output_dim(dims[-1], text_dim))
     return dims
+
+
+def map_frames(tokens: VisualTokens, dim: int, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply a function of single frames to all frames of all items, as few calls as their sizes allow.
+
+    Args:
+        tokens: Features ``(N, D)``.
+        dim: Width D' that the function returns; the answer's width when there are no items.
+        function: ``(F, h, w, D) -> (F, ..., D')``; each frame's result must depend on that frame alone.
+
+    Returns:
+        ``(N', D')``, frames in order.
+    """
+    import torch
+
+    results, start = [], 0
+    for (h, w), run in groupby(tokens.grids, key=lambda grid: (grid.h, grid.w)):
+        end = start + sum(grid.num_tokens for grid in run)
+        frames = tokens.features[start:end].view(
+            -1, h, w, tokens.dim
+        )  # time is slowest: items of a size just follow on
+        results.append(function(frames).reshape(-1, dim))
+        start = end
+    return torch.cat(results) if results else tokens.features.new_zeros(0, dim)

@@ -17,6 +17,10 @@ from sparsevlm.vision.tokens import MEDIA_KINDS, Grid, VisualTokens
 EXAMPLES = {
     "linear": [{}, {"bias": False, "dim": 5}],
     "mlp": [{}, {"depth": 3, "norm": "pre", "hidden_dim": 9}, {"norm": "post", "activation": "silu", "dim": 5}],
+    "pixel_shuffle": [{}, {"factor": 3}],
+    "concat": [{}, {"number": 3}],
+    "adaptive_pool": [{"size": 3}, {"size": [5, 2]}],
+    "dpc_knn": [{}, {"clusters": [6, 3], "neighbours": [2, 2], "frames_per_event": 4, "min_temporal_neighbours": 2}],
 }
 INPUT_DIM, TEXT_DIM = 12, 8
 
