@@ -1,0 +1,236 @@
+"""The command line: parses arguments, then calls the library. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sparsevlm import __version__
+
+app = typer.Typer(
+    name="sparsevlm",
+    help="Build, sparsify and cheaply tune vision-language models from one recipe.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+EXIT_FAULT, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
+
+Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Options of the recipe to replace: stages.moe.optim.lr=1e-5"),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; default: a GPU where there is one.")]
+Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn errors of a command into a message and an exit code.
+
+    2: a `ValueError`, which is what a user can cause. 1: anything else; an `OSError` (disk, network) is told in one
+    line, the rest with its traceback, since it is a fault of the program. 130: interrupted.
+    """
+
+    @functools.wraps(command)
+    def run(*args: Any, debug: bool = False, **kwargs: Any) -> None:
+        _quiet_libraries()
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:
+            typer.echo(f"interrupted{_how_to_continue(command.__name__)}", err=True)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+        except (ValueError, OSError) as error:
+            if debug:
+                import traceback
+
+                traceback.print_exc()
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(EXIT_USER if isinstance(error, ValueError) else EXIT_FAULT) from None
+
+    return run
+
+
+def _quiet_libraries() -> None:
+    """Keep libraries to warnings; whoever set these variables gets what they asked for."""
+    quiet = {
+        "TRANSFORMERS_VERBOSITY": "warning",
+        "DATASETS_VERBOSITY": "warning",
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+        "TOKENIZERS_PARALLELISM": "false",  # workers are forked after the tokenizer ran
+    }
+    if not sys.stderr.isatty():
+        quiet["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers' bars obey it too; in a file they are litter
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
+    # DeepSpeed says so on standard output, where JSON and replies go; its logger keeps a filter set before its import.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in str(record.msg))
+
+
+def _how_to_continue(command: str) -> str:
+    return "; run the same command again to continue from the last complete checkpoint" if command == "train" else ""
+
+
+@app.command()
+@guarded
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    media: Annotated[
+        str | None, typer.Option(help="Count visual tokens of these, e.g. 640x480,64f@1280x720 (frames@size).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Check a recipe and show what its stages cost.
+
+    Prints for each stage what trains at which rate, parameters, visual tokens, memory and arithmetic. Reads no weights
+    and needs no GPU.
+    """
+    from sparsevlm.recipe.load import load_recipe
+    from sparsevlm.train.plan import plan as make_plan
+    from sparsevlm.train.plan import print_plan
+
+    document = make_plan(load_recipe(recipe, overrides or []), media.split(",") if media else [])
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(document, indent=2))
+    else:
+        print_plan(document)
+
+
+@app.command()
+@guarded
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Processes on this machine, one a GPU.")] = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Processes on this machine, on CPU.")] = None,
+    nnodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    node_rank: Annotated[int, typer.Option(min=0, help="Which of the machines this is.")] = 0,
+    rdzv: Annotated[str | None, typer.Option(help="HOST:PORT of machine 0, where the machines meet.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Run directory instead of the recipe's.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Run a recipe's stages in order.
+
+    Started again, it skips what is complete and continues what was interrupted.
+    """
+    from sparsevlm.train import launch
+
+    launch.train(
+        recipe, overrides or [], gpus=gpus, nproc=nproc, nnodes=nnodes, node_rank=node_rank, rdzv=rdzv, output=output
+    )
+
+
+@app.command("eval")
+@guarded
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(metavar="RUN_OR_MODEL", help="Run (its last complete stage), model or Hub id.")
+    ],
+    files: Annotated[list[str] | None, typer.Argument(metavar="FILE", help="Question files of the task.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="scenes, vqa, multiple_choice, …; default: the evaluations of the run's recipe.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the result to this JSON file.")] = None,
+    predictions: Annotated[Path | None, typer.Option(help="Write every reply to NAME.jsonl in this folder.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="First so many questions only.")] = None,
+    blind: Annotated[bool, typer.Option("--blind", help="Ask without the pictures: the text-only baseline.")] = False,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Option of the task; may be repeated.")
+    ] = None,
+    media_root: Annotated[str | None, typer.Option(help="Folder of the media; default: that of the file.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Questions generated together.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    debug: Debug = False,
+) -> None:
+    """Ask a model questions and score its answers.
+
+    Accuracy stands beside the chance level, which is that of always giving the commonest answer.
+    """
+    from rich.console import Console
+
+    from sparsevlm.eval import report
+
+    common = {"limit": limit, "media_root": media_root, "batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    options = _options(option or []) | ({"blind": True} if blind else {})
+    specs = report.evaluations(model, task, files or [], common, options)
+    results = report.evaluate_saved(model, specs, device=device, dtype=dtype, predictions=predictions)
+    for name, result in results.items():
+        report.print_result(name, result, Console())
+    if output is not None:
+        report.write_document(report.as_document(model, results), output)
+        typer.echo(f"wrote {output}")
+
+
+@app.command()
+@guarded
+def chat(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Run (its last complete stage), model or Hub id.")],
+    image: Annotated[list[str] | None, typer.Option(help="Picture to talk about; may be repeated.")] = None,
+    video: Annotated[list[str] | None, typer.Option(help="Video to talk about; may be repeated.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Ask this and leave; repeated: the turns of one conversation.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from this much of the probability.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest reply.")] = 512,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    debug: Debug = False,
+) -> None:
+    """Talk to a model about pictures and videos."""
+    from sparsevlm import chat as talk
+
+    options = talk.ChatOptions(max_new_tokens, temperature, top_p, seed)
+    session = talk.open_chat(model, options, images=image or [], videos=video or [], device=device, dtype=dtype)
+    if prompt:
+        talk.one_shot(session, prompt)
+    else:
+        talk.converse(session)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def _options(pairs: list[str]) -> dict[str, Any]:
+    """Parse KEY=VALUE pairs; a value is YAML, as in a recipe's overrides."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    options = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--option {pair!r} is not of the form KEY=VALUE")
+        try:
+            options[key] = YAML(typ="safe", pure=True).load(value)
+        except YAMLError as error:
+            raise ValueError(f"--option {pair!r}: {value!r} is not YAML ({error})") from None
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; ends the process."""
+    app(args=sys.argv[1:] if arguments is None else arguments, prog_name="sparsevlm")
