@@ -10,13 +10,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-from sparsevlm.connectors.base import connector_dims, parse_connector
 from sparsevlm.model.attention import supports_packed_sdpa
 from sparsevlm.model.configuration_sparsevlm import SparseVLMConfig
-from sparsevlm.model.modeling_sparsevlm import SparseVLMForConditionalGeneration
+from sparsevlm.model.modeling_sparsevlm import SparseVLMForConditionalGeneration, build_connector
 from sparsevlm.model.processing_sparsevlm import SparseVLMProcessor
 from sparsevlm.recipe import schema
-from sparsevlm.vision.encoder import feature_dim, num_prefix_tokens, vision_subconfig
+from sparsevlm.vision.encoder import num_prefix_tokens, vision_subconfig
 from sparsevlm.vision.preprocess import ImageSpec, image_spec_from_config
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -99,7 +98,7 @@ def image_spec(model: schema.Model, config: SparseVLMConfig) -> ImageSpec:
     if preprocessor is None and not directory.is_dir():
         preprocessor = _hub_preprocessor(model.vision.path)
     return image_spec_from_config(
-        config.vision_config,  # pyright: ignore[reportArgumentType]
+        config.vision_config,
         preprocessor,
         image_size=model.vision.image_size,
         resize=model.vision.resize,
@@ -189,38 +188,30 @@ def build_model(
     trust = {"trust_remote_code": model.trust_remote_code, "dtype": dtype}
     tower = AutoModel.from_pretrained(resolve_part(model.vision.path), config=config.vision_config, **trust)
     source = AutoModelForCausalLM.from_pretrained(resolve_part(model.language.path), config=config.text_config, **trust)
-    head = source.get_output_embeddings()
+    head: Any = source.get_output_embeddings()
     config.lm_head_bias = getattr(head, "bias", None) is not None
     config.dtype = dtype  # pyright: ignore
     with torch.device("meta"):
         ours = SparseVLMForConditionalGeneration(config)
     ours.model.vision_tower = tower
     ours.model.language_model = source.base_model
-    ours.model.connector = _fresh_connector(config).to(dtype)
-    ours.lm_head = head
+    ours.model.connector = build_connector(config).to(dtype)
+    ours.set_output_embeddings(head)
     ours.tie_weights()
     ours.generation_config = source.generation_config
     ours.eval()
     _check_parity(source, ours, model.language.path)
     size = len(processor.tokenizer)
-    if size > config.text_config.vocab_size:  # pyright: ignore[reportOptionalMemberAccess]
+    if size > config.text_config.vocab_size:
         ours.resize_token_embeddings(size, mean_resizing=False)
     set_attention(ours, model.language.attention)
     return ours, processor
 
 
-def _fresh_connector(config: SparseVLMConfig) -> nn.ModuleList:
-    """Build the connector blocks with their own initialisation, on the CPU."""
-    specs = parse_connector(config.connector or [])
-    text_dim = config.text_config.hidden_size  # pyright: ignore
-    dims = connector_dims(specs, feature_dim(config.vision_config, config.vision_feature_layer), text_dim)
-    return nn.ModuleList(spec.build(dim, text_dim) for spec, dim in zip(specs, dims, strict=False))
-
-
 @torch.no_grad()
 def _check_parity(source: nn.Module, ours: SparseVLMForConditionalGeneration, path: str) -> None:
     """Refuse a language model whose own wrapper does more than decoder + head (scaled or capped logits)."""
-    vocabulary = ours.config.text_config.vocab_size  # pyright: ignore
+    vocabulary = ours.config.text_config.vocab_size
     ids = torch.arange(7, 7 + 11 * 8, 11).remainder(vocabulary)[None]  # (1, 8) arbitrary tokens
     source.eval()
     want, got = source(input_ids=ids).logits.float(), ours(input_ids=ids).logits.float()

@@ -33,8 +33,8 @@ class SparseVLMConfig(PreTrainedConfig):
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
     }
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    vision_config: Any = None  # a configuration once built; a dict is taken too
+    text_config: Any = None
     connector: list[dict[str, Any]] | None = None
     vision_feature_layer: int | list[int] = -1
     vision_feature_select: Literal["patch", "full"] = "patch"

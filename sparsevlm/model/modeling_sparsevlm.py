@@ -37,7 +37,7 @@ class SparseVLMPreTrainedModel(PreTrainedModel):
 
     config_class = SparseVLMConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "video", "text")
+    input_modalities = ["image", "video", "text"]
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
@@ -62,22 +62,30 @@ def _keep_own_initialisation(module: nn.Module) -> None:
         parameter._is_hf_initialized = True  # pyright: ignore
 
 
+def build_connector(config: SparseVLMConfig) -> nn.ModuleList:
+    """Build the connector's blocks, freshly initialised.
+
+    Raises:
+        ValueError: The blocks do not end at the language model's width.
+    """
+    specs = parse_connector(config.connector or [])
+    text_dim = config.text_config.hidden_size
+    dims = connector_dims(specs, feature_dim(config.vision_config, config.vision_feature_layer), text_dim)
+    if dims[-1] != text_dim:
+        raise ValueError(
+            f"the connector ends at width {dims[-1]} but the language model is {text_dim} wide (widths after each "
+            f"block: {dims[1:]}); end it with {{type: linear}} or {{type: mlp}}"
+        )
+    return nn.ModuleList(spec.build(dim, text_dim) for spec, dim in zip(specs, dims, strict=False))
+
+
 class SparseVLMModel(SparseVLMPreTrainedModel):
     """Vision tower, connector and decoder, without a language-model head."""
 
     def __init__(self, config: SparseVLMConfig) -> None:
         super().__init__(config)
-        assert config.vision_config is not None and config.text_config is not None and config.connector is not None
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        specs = parse_connector(config.connector)
-        text_dim = config.text_config.hidden_size  # pyright: ignore
-        dims = connector_dims(specs, feature_dim(config.vision_config, config.vision_feature_layer), text_dim)
-        if dims[-1] != text_dim:
-            raise ValueError(
-                f"the connector ends at width {dims[-1]} but the language model is {text_dim} wide (widths after each "
-                f"block: {dims[1:]}); end it with {{type: linear}} or {{type: mlp}}"
-            )
-        self.connector = nn.ModuleList(spec.build(dim, text_dim) for spec, dim in zip(specs, dims, strict=False))
+        self.connector = build_connector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         if config.moe is not None:
             install_moe(self.language_model, config.text_config, config.moe)
@@ -356,7 +364,7 @@ class SparseVLMForConditionalGeneration(SparseVLMPreTrainedModel, GenerationMixi
     ) -> tuple[Any, dict[str, Any]]:
         """Repeat rows for beams and several return sequences, and each row's media with them."""
         media = {key: model_kwargs.pop(key) for key in MEDIA_INPUTS if model_kwargs.get(key) is not None}
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
         if media and expand_size > 1:

@@ -167,7 +167,7 @@ class SparseVLMProcessor(ProcessorMixin):
 
     def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> tuple[str, list[tuple[int, int]]]:
         """Render the chat template; return the text and the character spans that the assistant speaks."""
-        if self.chat_template is None:
+        if not isinstance(self.chat_template, str):
             raise ValueError("the processor has no chat template; set model.language.chat_template in the recipe")
         rendered, spans = render_jinja_template(
             conversations=[messages],
