@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from sparsevlm.connectors import dpc_knn as module
 from sparsevlm.connectors.base import parse_block
 from sparsevlm.connectors.dpc_knn import density_peaks, dpc_knn, effective_neighbours, merge_clusters
 from sparsevlm.vision.tokens import Grid, MediaKind, VisualTokens
@@ -79,7 +80,7 @@ def build(**options):
 
 
 def test_worked_example():
-    density, separation = density_peaks(EXAMPLE, 3, 8)
+    density, separation = density_peaks(EXAMPLE.double(), 3, 8)
     expected = [0.71177, 0.644036, 0.639757, 0.002009, 0.002516, 0.932394, 0.870808, 0.882497]
     torch.testing.assert_close(density.exp()[0], torch.tensor(expected), rtol=0, atol=1e-6)
     expected = [6.081529, 0.707107, 0.72111, 0.380789, 4.22019, 6.589765, 0.353553, 0.291548]
@@ -121,10 +122,10 @@ def test_equal_tokens_give_the_first_ones_as_centres():
 
 
 def test_density_does_not_underflow():
-    x = EXAMPLE * 1000  # densities of e**-1e5
-    scores = density_peaks(x, 3, 8)
-    assert torch.isfinite(scores[0]).all()
-    assert len(set(scores[0][0].tolist())) == 8
+    density, _ = density_peaks(EXAMPLE.double() * 1000, 3, 8)  # down to e**-1e6
+    assert torch.isfinite(density).all()
+    assert len(set(density[0].tolist())) == 8
+    assert torch.equal(dpc_knn(EXAMPLE * 1000, 3, 3)[0].unique(), torch.arange(3))
 
 
 @pytest.mark.parametrize("max_bytes", [1, 500, 3_000, 30_000, 200_000, 2**28])
@@ -135,22 +136,33 @@ def test_result_does_not_depend_on_the_chunks(max_bytes):
     assert torch.equal(dpc_knn(x, 12, 4, max_bytes=max_bytes), dpc_knn(x, 12, 4))
 
 
-def test_distances_stay_within_their_budget(monkeypatch):
-    from sparsevlm.connectors import dpc_knn as module
+@pytest.mark.parametrize("budget", [30_000, 400_000])  # what a set takes whole is 160,000
+def test_distances_stay_within_their_budget(monkeypatch, budget):
+    shapes = []
+    plain = module._squared_distances
 
-    largest = 0
-    plain = torch.cdist
+    def measure(a, b):
+        shapes.append((*a.shape[:2], b.shape[1]))
+        return plain(a, b)
 
-    def measure(*args, **kwargs):
-        nonlocal largest
-        result = plain(*args, **kwargs)
-        largest = max(largest, result.numel() * result.element_size())
-        return result
+    monkeypatch.setattr(module, "_squared_distances", measure)
+    dpc_knn(torch.randn(6, 100, 4), 10, 3, max_bytes=budget)
+    assert len(shapes) > 2
+    assert all(8 * math.prod(shape) <= budget for shape in shapes)  # products in float64
+    assert any(shape[0] > 1 for shape in shapes) == (budget > 160_000)
 
-    monkeypatch.setattr(module.torch, "cdist", measure)
-    x = torch.randn(6, 100, 4)
-    dpc_knn(x, 10, 3, max_bytes=30_000)  # a set's whole matrix is 40,000
-    assert 0 < largest <= 30_000
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_distances_against_differences(scale):
+    torch.manual_seed(0)
+    x = (torch.randn(3, 50, 64) * scale + 5 * scale).double()
+    x[:, 40:] = x[:, :10]
+    squared = module._squared_distances(x, x)
+    exact = (x[:, :, None] - x[:, None]).square().mean(-1).float()
+    torch.testing.assert_close(squared, exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(squared, squared.mT, rtol=1e-6, atol=0)
+    assert (squared.diagonal(dim1=1, dim2=2) == 0).all()
+    assert (squared[:, 40:, :10].diagonal(dim1=1, dim2=2) == 0).all()  # equal tokens
 
 
 def test_merge_against_the_loop():
