@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -48,10 +49,10 @@ class SparseMoeBlock(nn.Module):
         self.experts = experts_class(config.gated, config.bias)(kernel_config or config, config)
         self.dropout = config.dropout
 
-    def reset_parameters(self) -> None:
-        """Draw fresh weights; parameters that transformers has loaded are left alone."""
-        self.gate.reset_parameters()
-        self.experts.reset_parameters()
+    def initialize_parameters(self) -> None:
+        """Draw the weights that hold no values yet."""
+        self.gate.initialize_parameters()
+        self.experts.initialize_parameters()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map ``(B, T, H)`` to ``(B, T, H)``."""
@@ -139,12 +140,14 @@ def set_implementation(language_model: nn.Module, text_config: Any, name: str) -
     return name
 
 
+@torch.no_grad()
 def initialize_moe(module: nn.Module) -> None:
     """Draw the weights of all MoE blocks below ``module`` that a checkpoint did not hold.
 
     transformers hands every submodule of a nested language model to that class's `_init_weights`, which does not know
-    these blocks; the outer model's `_init_weights` calls this once for them.
+    these blocks, and never calls `_init_weights` for a module of custom code that has no parameters of its own. So the
+    outer model's `initialize_weights` calls this after its parent's.
     """
     for child in module.modules():
         if isinstance(child, SparseMoeBlock):
-            child.reset_parameters()
+            child.initialize_parameters()

@@ -21,6 +21,8 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import ExpertsInterface, use_experts_implementation
 from transformers.utils import logging
 
+from sparsevlm.moe.router import mark_initialized
+
 logger = logging.get_logger(__name__)
 
 ALIGNMENT = 8
@@ -103,15 +105,16 @@ class Experts(nn.Module):
             shapes |= {f"{self.up_name}_bias": (width,), "down_proj_bias": (moe.hidden_size,)}
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(moe.num_experts, *shape)))
-        self.reset_parameters()
+        self.initialize_parameters()
 
-    def reset_parameters(self) -> None:
-        """Draw fresh weights, zero biases; parameters that transformers has loaded are left alone."""
+    def initialize_parameters(self) -> None:
+        """Draw weights and zero biases, except those that already hold values."""
         for name, parameter in self.named_parameters(recurse=False):
             if name.endswith("_bias"):
                 init.zeros_(parameter)
             else:
                 init.normal_(parameter, mean=0.0, std=self.initializer_range)
+        mark_initialized(self)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Send each token through its experts and add their outputs up, in the type of the weights.

@@ -61,6 +61,16 @@ def select_experts(logits: Tensor, top_k: int) -> Tensor:
     return torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, :top_k]
 
 
+def mark_initialized(module: nn.Module) -> None:
+    """Flag parameters that hold values, as transformers does: its `init` functions then leave them alone.
+
+    The flag must not be set on the meta device, where `from_pretrained` builds: it would hide that a weight is missing.
+    """
+    for parameter in module.parameters():
+        if not parameter.is_meta:
+            parameter._is_hf_initialized = True  # pyright: ignore
+
+
 class TopKRouter(nn.Module):
     """Linear router in float32: softmax over all experts, the best k, renormalised.
 
@@ -85,11 +95,12 @@ class TopKRouter(nn.Module):
         self.norm_topk_prob = norm_topk_prob
         self.init_std = init_std
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))  # (E, H)
-        self.reset_parameters()
+        self.initialize_parameters()
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw fresh weights; parameters that transformers has loaded are left alone."""
-        init.normal_(self.weight, mean=0.0, std=self.init_std, generator=generator)
+    def initialize_parameters(self) -> None:
+        """Draw the weight, unless it already holds values."""
+        init.normal_(self.weight, mean=0.0, std=self.init_std)
+        mark_initialized(self)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Route tokens.

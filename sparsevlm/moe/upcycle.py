@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparsevlm.moe.block import SparseMoeBlock, moe_config, set_implementation
 from sparsevlm.moe.ffn import expert_weights, read_layout
+from sparsevlm.moe.router import mark_initialized
 from sparsevlm.surgery import LayerChoice, decoder_layers, replace_submodules, resolve_layers
 
 PROBE_TOKENS = 16
@@ -114,6 +115,7 @@ def upcycle_language_model(
             # Drawn on the host in float32: the same router whatever the device and type.
             router = torch.empty(block.gate.weight.shape).normal_(std=spec.router_init_std, generator=generator)
             block.gate.weight.copy_(router)
+        mark_initialized(block)
         set_implementation(block, kernel_config, spec.experts_implementation)
         differences.append(_probe(index, ffn, block, generator))
         return block
