@@ -128,6 +128,17 @@ def test_density_does_not_underflow():
     assert torch.equal(dpc_knn(EXAMPLE * 1000, 3, 3)[0].unique(), torch.arange(3))
 
 
+@pytest.mark.parametrize("rows", [3, 8, 20])
+def test_sets_do_not_see_each_other(rows):
+    torch.manual_seed(0)
+    x = torch.randn(4, 20, 3).double() * torch.tensor([0.1, 1, 10, 100])[:, None, None]
+    together = density_peaks(x, 4, rows)
+    for number in range(4):
+        alone = density_peaks(x[number : number + 1], 4, 20)
+        for got, want in zip(together, alone):
+            torch.testing.assert_close(got[number], want[0], rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("max_bytes", [1, 500, 3_000, 30_000, 200_000, 2**28])
 def test_result_does_not_depend_on_the_chunks(max_bytes):
     torch.manual_seed(0)
