@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from sparsevlm.recipe.schema import Recipe, Stage
 from sparsevlm.train.loader import accumulation_steps
-from sparsevlm.train.sharding import deepspeed_config
+from sparsevlm.train.sharding import deepspeed_config, init_deepspeed
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -22,15 +22,18 @@ def save_steps(stage: Stage, num_steps: int) -> int:
     return stage.save_every or max(1, min(500, num_steps // 10))
 
 
-def training_arguments(
-    recipe: Recipe, name: str, *, num_steps: int, stage_dir: Path, world_size: int, sharded: bool
-) -> SFTConfig:
-    """Translate a stage.
+def set_num_steps(args: SFTConfig, stage: Stage, num_steps: int) -> None:
+    """Enter the length of the stage, which is known once its data has been planned."""
+    args.max_steps = num_steps
+    args.save_steps = save_steps(stage, num_steps)
+
+
+def training_arguments(recipe: Recipe, name: str, *, stage_dir: Path, world_size: int, sharded: bool) -> SFTConfig:
+    """Translate a stage; `set_num_steps` follows. Under ZeRO-3, models loaded after this call are loaded in shards.
 
     Args:
         recipe: The resolved recipe.
         name: The stage.
-        num_steps: Optimizer steps.
         stage_dir: ``RUN/<stage>``.
         world_size: Processes of the run.
         sharded: Use DeepSpeed as the recipe's `sharding` says.
@@ -46,11 +49,10 @@ def training_arguments(
     use_cpu = not torch.accelerator.is_available()
     pure = config is not None and config["bf16"]["enabled"]
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(stage_dir / "tensorboard")  # transformers reads no argument for it
-    return SFTConfig(
+    args = SFTConfig(
         output_dir=str(stage_dir / "checkpoints"),
         run_name=f"{recipe.name}-{name}",
         seed=recipe.seed,
-        max_steps=num_steps,
         per_device_train_batch_size=stage.batch.rows_per_rank,
         gradient_accumulation_steps=accumulation_steps(stage.batch, world_size),
         learning_rate=stage.optim.lr,
@@ -75,10 +77,12 @@ def training_arguments(
         logging_first_step=True,
         logging_nan_inf_filter=False,
         save_strategy="steps",
-        save_steps=save_steps(stage, num_steps),
         save_total_limit=None,  # `checkpoints.rotate` counts complete ones only
         report_to=list(recipe.report_to) or "none",
         disable_tqdm=True,
         deepspeed=config,
         remove_unused_columns=False,
     )
+    if config is not None:
+        init_deepspeed()
+    return args

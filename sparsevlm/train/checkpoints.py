@@ -14,7 +14,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-MARKER = "COMPLETE"
+from sparsevlm.rundir import COMPLETE
+
+MARKER = COMPLETE
 """Name of the completion marker."""
 
 _NAME = re.compile(r"checkpoint-(\d+)$")

@@ -17,6 +17,15 @@ def uses_deepspeed(recipe: Recipe, stage: Stage, num_processes: int) -> bool:
     return sharding.zero > 0 and (num_processes > 1 or sharding.offload != "none")
 
 
+def init_deepspeed() -> None:
+    """Start DeepSpeed's communication; sharded loading needs it and, on CPU, accelerate does not do it."""
+    import deepspeed
+    from deepspeed import comm
+
+    if not comm.is_initialized():
+        deepspeed.init_distributed(auto_mpi_discovery=False)
+
+
 def deepspeed_config(sharding: Sharding, stage: Stage, dtype: str) -> dict[str, Any] | None:
     """Return the DeepSpeed configuration of a stage, None for plain data parallelism.
 

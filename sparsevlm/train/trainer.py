@@ -229,14 +229,31 @@ class VLMTrainer(SFTTrainer):
 
     # ---- stop on non-finite numbers -------------------------------------------------------------------------------
 
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Clip; but look at the norm first, since clipping by a NaN would spread it over all gradients."""
+        if self.is_deepspeed_enabled:
+            return super()._clip_grad_norm(model)
+        norm = self._checked_norm(model)
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), self.args.max_grad_norm, norm)
+        return norm
+
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Return the gradient norm; called before the update (DeepSpeed has then skipped a non-finite one itself)."""
-        norm = super()._get_grad_norm(model, grad_norm)
-        value = float(norm)
-        if value != value or value in (float("inf"), float("-inf")) or value < 0:  # DeepSpeed writes -1 for NaN
+        """Return the gradient norm; called before the update. DeepSpeed has then left out a non-finite one itself."""
+        if self.is_deepspeed_enabled:
+            norm = super()._get_grad_norm(model, grad_norm)
+            if not 0 <= float(norm) < float("inf"):  # it writes -1 for NaN
+                self._stop(f"the gradient norm is {norm}", {"grad_norm": str(norm)}, self._step_ids, everywhere=True)
+            return norm
+        return self._checked_norm(model) if grad_norm is None else grad_norm
+
+    def _checked_norm(self, model: Any) -> Tensor:
+        """Return the norm of all gradients, or stop the run."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        if not bool(torch.isfinite(norm)):
             bad = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-            what = f"the gradient norm is {value}" + (f" (first in {bad[0]})" if bad else "")
-            self._stop(what, {"grad_norm": str(value), "parameters": bad[:20]}, self._step_ids, everywhere=True)
+            what = f"the gradient norm is {norm.item()}" + (f" (first in {bad[0]})" if bad else "")
+            numbers = {"grad_norm": str(norm.item()), "parameters": bad[:20]}
+            self._stop(what, numbers, self._step_ids, everywhere=True)
         return norm
 
     def _stop(self, what: str, numbers: dict[str, Any], ids: list[list[str]], everywhere: bool) -> None:
