@@ -84,6 +84,7 @@ def build_config(model: schema.Model, *, offline_shapes: bool = False) -> Sparse
         connector=model.connector,
         vision_feature_layer=model.vision.layer,
         vision_feature_select=select,
+        image_size=model.vision.image_size,
         image_token_id=text.vocab_size,
         video_token_id=text.vocab_size + 1,
         lm_head_bias=text.model_type in ("phi", "codegen", "gptj"),

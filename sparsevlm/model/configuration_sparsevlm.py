@@ -19,6 +19,7 @@ class SparseVLMConfig(PreTrainedConfig):
         connector: Connector blocks in order, each ``{"type": name, **options}``.
         vision_feature_layer: Hidden layer (or layers, concatenated) of the tower whose features are taken.
         vision_feature_select: ``"patch"`` drops the tower's prefix tokens (CLS, registers), ``"full"`` keeps them.
+        image_size: Side in pixels of the frames that the tower is given; default: what it was trained at.
         image_token_id: Id that stands for one visual token of an image.
         video_token_id: Id that stands for one visual token of a video.
         moe: None for a dense model, else ``{"layers": [...], "num_experts": E, "num_experts_per_tok": k,
@@ -38,6 +39,7 @@ class SparseVLMConfig(PreTrainedConfig):
     connector: list[dict[str, Any]] | None = None
     vision_feature_layer: int | list[int] = -1
     vision_feature_select: Literal["patch", "full"] = "patch"
+    image_size: int | None = None
     image_token_id: int = 0
     video_token_id: int = 1
     moe: dict[str, Any] | None = None

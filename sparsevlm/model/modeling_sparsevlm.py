@@ -133,7 +133,7 @@ class SparseVLMModel(SparseVLMPreTrainedModel):
         Without it, ranks of a sharded run disagree on which parameters take part in a step and hang (ZeRO-3) or abort.
         """
         config = self.config
-        size = default_image_size(config.vision_config)
+        size = config.image_size or default_image_size(config.vision_config)
         h, w = output_grid(config.vision_config, size, config.vision_feature_layer, config.vision_feature_select)
         dtype = next(self.vision_tower.parameters()).dtype
         pixels = torch.zeros(1, 3, size, size, dtype=dtype, device=inputs_embeds.device)

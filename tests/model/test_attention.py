@@ -7,7 +7,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, DynamicCache, Gemma2Config, GPTNeoXConfig, LlamaConfig, MistralConfig, PhiConfig
+from transformers import (
+    AutoModel,
+    DynamicCache,
+    FalconModel,
+    Gemma2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PhiConfig,
+    StableLmModel,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sparsevlm.model import attention
@@ -27,6 +38,14 @@ CONFIGS = {
     "phi": lambda: PhiConfig(**SIZES),
     "gpt_neox": lambda: GPTNeoXConfig(**SIZES),
     "mistral_window": lambda: MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=4),
+}
+OPT_SIZES: dict[str, Any] = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "ffn_dim": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "word_embed_proj_dim": 32,
 }
 LENGTHS = [5, 1, 9, 9, 3, 1]
 
@@ -197,4 +216,21 @@ def test_softcapping_models_are_refused_as_by_sdpa() -> None:
 
 def test_supports_packed_sdpa() -> None:
     assert attention.supports_packed_sdpa(build("llama_gqa"))
+    assert attention.supports_packed_sdpa(StableLmModel)
+    assert not attention.supports_packed_sdpa(FalconModel)  # would raise KeyError in its forward
     assert not attention.supports_packed_sdpa(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("implementation", ["packed_sdpa", "sdpa"])
+def test_documents_are_isolated(name: str, implementation: str) -> None:
+    model = build(name, implementation).train()
+    assert attention.isolates_documents(model)
+    assert model.training
+
+
+def test_documents_that_leak_are_found() -> None:
+    """OPT makes its own mask of ones and keeps kwargs from its attention."""
+    config = OPTConfig(**OPT_SIZES)
+    model = AutoModel.from_config(config, attn_implementation="packed_sdpa")
+    assert not attention.isolates_documents(model)

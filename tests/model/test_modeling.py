@@ -144,6 +144,16 @@ def test_every_trainable_parameter_gets_a_gradient_from_a_text_only_batch(tiny_m
     assert all(p.grad is not None and not p.grad.any() for p in connector.values())
 
 
+def test_text_only_batch_with_another_picture_size(tiny_parts: dict[str, str]) -> None:
+    section = tiny.recipe_model(
+        tiny_parts, vision={"image_size": 48}, connector=[{"type": "pixel_shuffle", "factor": 3}, {"type": "mlp"}]
+    )
+    model, processor = build_model(section)
+    assert processor.encode(SAMPLES[0]).visual_lengths == (4,)
+    model.train()(**collate(processor, [SAMPLES[1]], packed=True)).loss.backward()
+    assert all(p.grad is not None for p in model.model.connector.parameters())
+
+
 def test_documents_of_a_packed_row_do_not_see_each_other(tiny_model: Any) -> None:
     model, processor = tiny_model
     model.eval()
