@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsevlm.data.sample import BadSampleError, Media, Message, Sample
-from sparsevlm.rundir import resolve_model
+from sparsevlm.rundir import choose_device, resolve_model
 from sparsevlm.vision.tokens import MediaKind
 
 HELP = """/image PATH   show a picture with the next question
@@ -154,12 +154,12 @@ def open_chat(
     shown = [load_media(MediaKind.IMAGE, path) for path in images]
     shown += [load_media(MediaKind.VIDEO, path) for path in videos]
     path = resolve_model(target)
-    import torch
-
+    device = choose_device(device)
     from sparsevlm.model.build import load_model
 
+    model: Any
     model, processor = load_model(path, dtype=dtype)
-    model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))).eval()
+    model.to(device).eval()
     return Chat(model, processor, options, pending=shown)
 
 

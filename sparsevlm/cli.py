@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -33,7 +33,9 @@ Overrides = Annotated[
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; default: a GPU where there is one.")]
-Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Type of the weights; auto: as saved.")
+]
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
@@ -90,6 +92,7 @@ def plan(
     media: Annotated[
         str | None, typer.Option(help="Count visual tokens of these, e.g. 640x480,64f@1280x720 (frames@size).")
     ] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes that the stages run on.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -102,7 +105,7 @@ def plan(
     from sparsevlm.train.plan import plan as make_plan
     from sparsevlm.train.plan import print_plan
 
-    document = make_plan(load_recipe(recipe, overrides or []), media.split(",") if media else [])
+    document = make_plan(load_recipe(recipe, overrides or []), media.split(",") if media else [], world=ranks)
     if as_json:
         import json
 
@@ -132,9 +135,12 @@ def train(
     """
     from sparsevlm.train import launch
 
-    launch.train(
-        recipe, overrides or [], gpus=gpus, nproc=nproc, nnodes=nnodes, node_rank=node_rank, rdzv=rdzv, output=output
-    )
+    where = {"gpus": gpus, "nproc": nproc, "nnodes": nnodes, "node_rank": node_rank, "rdzv": rdzv}
+    try:
+        launch.train(recipe, overrides or [], **where, output=output)
+    except launch.LaunchError as error:  # the failing process has told why
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(EXIT_FAULT) from None
 
 
 @app.command("eval")

@@ -1,4 +1,4 @@
-"""Where things lie in a run directory, and which of its stages a command means. Imports nothing heavy."""
+"""What a command's arguments mean: which stage of a run directory, which device. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -60,3 +60,21 @@ def complete_stages(run: Path) -> list[Path]:
     ordered = [run / name for name in listed if run / name in done]
     late = [stage for stage in done if stage not in ordered]
     return ordered + sorted(late, key=lambda stage: ((stage / COMPLETE).stat().st_mtime_ns, stage.name))
+
+
+def choose_device(name: str | None) -> str:
+    """Return the device to run on: the named one, else a GPU where there is one.
+
+    Raises:
+        ValueError: There is no such device.
+    """
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used: {reason}") from None
+    return name

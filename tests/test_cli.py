@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 import sparsevlm
 from sparsevlm.cli import main
 from sparsevlm.rundir import COMPLETE
+from sparsevlm.train.launch import LaunchError
 from tests import tiny
 
 HEAVY = ("torch", "transformers", "numpy", "PIL", "datasets", "ruamel", "sparsevlm.recipe.schema")
@@ -53,34 +54,36 @@ def test_no_command_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "train" in "".join(capsys.readouterr())
 
 
-# ---- plan and train: arguments arrive, faults become exit codes -------------------------------------------------------------
+# ---- plan and train: arguments arrive, faults become exit codes ---------------------------------------------------
 
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Calls of `launch.train`; the first entry may be an exception to raise."""
+    """Calls of `launch.train`, as its own signature binds them; the first entry may be an exception to raise."""
+    from sparsevlm.train import launch
+
     calls: list[Any] = []
+    signature = inspect.signature(launch.train)
 
     def train(*args: Any, **kwargs: Any) -> None:
         fault = calls.pop(0) if calls and isinstance(calls[0], BaseException) else None
-        calls.append((args, kwargs))
+        calls.append(signature.bind(*args, **kwargs).arguments)
         if fault is not None:
             raise fault
 
-    fake = types.ModuleType("sparsevlm.train.launch")
-    fake.train = train  # type: ignore[attr-defined]
-    import sparsevlm.train
-
-    monkeypatch.setitem(sys.modules, "sparsevlm.train.launch", fake)
-    monkeypatch.setattr(sparsevlm.train, "launch", fake, raising=False)
+    monkeypatch.setattr(launch, "train", train)
     return calls
 
 
 def test_train_passes_its_arguments(launched: list[Any]) -> None:
     assert run("train", "r.yaml", "a.b=1", "c=x y", "--gpus", "2", "--nnodes", "3", "--node-rank", "1", "--rdzv", "h:1",
                "-o", "out") == 0  # fmt: skip
-    expected = {"gpus": 2, "nproc": None, "nnodes": 3, "node_rank": 1, "rdzv": "h:1", "output": Path("out")}
-    assert launched == [((Path("r.yaml"), ["a.b=1", "c=x y"]), expected)]
+    assert launched == [
+        {
+            "recipe_path": Path("r.yaml"), "overrides": ["a.b=1", "c=x y"], "gpus": 2, "nproc": None, "nnodes": 3,
+            "node_rank": 1, "rdzv": "h:1", "output": Path("out"),
+        }
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -88,6 +91,7 @@ def test_train_passes_its_arguments(launched: list[Any]) -> None:
     [
         (ValueError("r.yaml:3:1: stages: missing"), 2, "r.yaml:3:1"),
         (OSError("disk full"), 1, "disk full"),
+        (LaunchError("a process failed"), 1, "a process failed"),
         (KeyboardInterrupt(), 130, "same command again to continue"),
     ],
 )
@@ -122,7 +126,34 @@ def test_plan_of_a_missing_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert "nowhere.yaml" in capsys.readouterr().err
 
 
-# ---- eval and chat on a saved model -----------------------------------------------------------------
+def test_plan_prints_json_and_tables(
+    tiny_parts: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"""
+name: tiny
+model:
+  vision: {{path: {tiny_parts["vision"]}}}
+  language: {{path: {tiny_parts["language"]}}}
+data:
+  scenes: {{path: "sparsevlm:scenes", format: scenes}}
+stages:
+  align: {{trains: [connector], data: [scenes], steps: 2}}
+"""
+    )
+    assert run("plan", str(recipe), "stages.align.batch.rows=4", "--media", "64x48,3f@64x48", "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    (stage,) = document["stages"]
+    assert stage["visual_tokens"] == {"64x48": 16, "3f@64x48": 48}
+    assert stage["tokens_per_step"] == 4 * 2048
+    assert run("plan", str(recipe)) == 0
+    assert "align" in capsys.readouterr().out
+    assert run("plan", str(recipe), "stages.align.trains=[conector]") == 2
+    assert "stages.align.trains" in capsys.readouterr().err
+
+
+# ---- eval and chat on a saved model ---------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +236,8 @@ def test_chat_one_shot(saved_run: Path, capsys: pytest.CaptureFixture[str]) -> N
         (["RUN/instruct"], "no complete stage"),
         (["nowhere"], "no such run or model"),
         (["RUN", "--temperature", "-1"], "temperature"),
+        (["RUN", "--device", "gpu"], "device 'gpu' cannot be used"),
+        (["RUN", "--dtype", "int8"], "int8"),
     ],
 )
 def test_chat_faults(saved_run: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsevlm.rundir import COMPLETE, complete_stages, resolve_model
+from sparsevlm.rundir import COMPLETE, choose_device, complete_stages, resolve_model
 
 
 def make_stage(run: Path, name: str, age: int | None) -> Path:
@@ -78,3 +78,10 @@ def test_files_and_broken_summaries_are_refused(tmp_path: Path) -> None:
         resolve_model(path)
     with pytest.raises(ValueError, match="not a run summary"):
         resolve_model(tmp_path)
+
+
+def test_devices() -> None:
+    assert choose_device("cpu") == "cpu"
+    for name in ("gpu", "cuda:99"):
+        with pytest.raises(ValueError, match=f"device '{name}' cannot be used"):
+            choose_device(name)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsevlm import __version__
-from sparsevlm.eval.run import EvalResult, evaluate
+from sparsevlm.eval.run import EvalResult, build_task, evaluate
 from sparsevlm.registry import EVAL_TASKS
-from sparsevlm.rundir import resolve_model
+from sparsevlm.rundir import choose_device, resolve_model
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -94,16 +94,15 @@ def evaluate_saved(
         predictions: Folder for the replies, a ``NAME.jsonl`` an evaluation.
         progress: Show a progress bar.
     """
-    from sparsevlm.eval.run import build_task
-
     for spec in specs.values():
         build_task(spec)  # wrong options are told before minutes of loading
-    import torch
-
+    device = choose_device(device)
+    path = resolve_model(target)
     from sparsevlm.model.build import load_model
 
-    model, processor = load_model(resolve_model(target), dtype=dtype)
-    model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    model: Any
+    model, processor = load_model(path, dtype=dtype)
+    model.to(device)
     return {
         name: evaluate(
             model,

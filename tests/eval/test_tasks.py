@@ -92,7 +92,8 @@ def test_rows_become_examples(folder: Path, name: str) -> None:
     assert (first.sample.id, first.kind, first.core, first.metric) == ("7", "colour", True, "exact")
     assert [media.source.name for media in second.sample.media()] == ["a.png", "b.png"]
     assert (second.sample.id, second.kind, second.core) == ("1", "all", False)
-    assert second.reference.answers == ("two", "2") and second.sample.where == f"{name}:row 1"
+    place = "row 1" if name.endswith(".json") else "line 2"
+    assert second.reference.answers == ("two", "2") and second.sample.where == f"{name}:{place}"
     assert third.sample.messages[0].content == ("Is ice cold?",) and third.metric == "yes_no"
     assert [media.kind for media in fourth.sample.media()] == [MediaKind.VIDEO]
     assert fourth.reference.answers == ("B",) and fourth.reference.choices == ("cat", "dog")
@@ -105,7 +106,7 @@ def test_rows_become_examples(folder: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("row", "fault"),
     [
-        ("text", "a str, not an object"),
+        ("text", "'text' is not an object"),
         ({"answer": "red"}, "'question' is None"),
         ({"question": " ", "answer": "red"}, "'question' is ' '"),
         ({"question": "?"}, "'answer'"),
@@ -113,7 +114,7 @@ def test_rows_become_examples(folder: Path, name: str) -> None:
         ({"question": "?", "answer": {"text": "red"}}, "'answer'"),
         ({"question": "?", "answer": "red", "image": "gone.png"}, "gone.png"),
         ({"question": "?", "answer": "red", "image": "../a.png"}, "leaves the media root"),
-        ({"question": "?", "answer": "red", "image": 3}, "'image' is 3"),
+        ({"question": "?", "answer": "red", "image": 3}, "image is 3, not a path"),
         ({"question": "?", "answer": "red", "metric": "bleu"}, "unknown metric 'bleu'"),
         ({"question": "?", "answer": "maybe", "metric": "yes_no"}, "'yes' or 'no'"),
         ({"question": "?", "answer": "A", "metric": "choice"}, "'choices' is None"),
@@ -124,13 +125,31 @@ def test_rows_become_examples(folder: Path, name: str) -> None:
 )
 def test_bad_rows_are_named_and_count_as_wrong(folder: Path, row: Any, fault: str) -> None:
     good = {"question": "colour?", "answer": "red"}
-    media = folder / "media"
-    media.mkdir()
-    examples = read("vqa", write(folder / "q.json", [good, row]), media_root=None, limit=None)
+    examples = read("vqa", write(folder / "q.json", [good, row]))
     assert not examples[0].fault and fault in examples[1].fault
     assert examples[1].sample.where == "q.json:row 1"
     with pytest.raises(ValueError, match=r"none of its 1 rows can be used"):
         read("vqa", write(folder / "all_bad.json", [row]))
+
+
+def test_a_damaged_line_is_one_fault(folder: Path) -> None:
+    path = write(folder / "q.jsonl", [{"question": "?", "answer": "red"}] * 2)
+    path.write_text(path.read_text() + '{"question": "cut o')
+    faults = [example.fault for example in read("vqa", path)]
+    assert faults[:2] == ["", ""] and "malformed row" in faults[2]
+
+
+def test_placeholders_in_the_question_say_where_the_pictures_go(folder: Path) -> None:
+    rows = [
+        {"image": ["a.png", "b.png"], "question": "From <image> to <image>: what changed?", "answer": "colour"},
+        {"image": "a.png", "question": "<image> and <image>?", "answer": "colour"},
+    ]
+    right, wrong = read("vqa", write(folder / "q.json", rows))
+    content = right.sample.messages[0].content
+    assert [part if isinstance(part, str) else part.source.name for part in content] == [
+        "From ", "a.png", " to ", "b.png", ": what changed?",
+    ]  # fmt: skip
+    assert "2 <image> placeholders" in wrong.fault
 
 
 def test_known_answers_of_unreadable_rows_count_for_the_chance_level(folder: Path) -> None:
@@ -199,7 +218,7 @@ def test_from_file_to_figures_with_the_tiny_model(folder: Path, tiny_model: Any)
     result = evaluate(model, processor, spec, progress=False)
     assert result["color"]["n"] == 2 and result["color"]["chance"] == 0.5
     (fault,) = result.report["faults"]
-    assert fault["id"] == "1" and fault["where"] == "q.json:row 1" and "cut.png" in fault["reason"]
+    assert fault["id"] == "1" and fault["where"] == "q.json:row 1" and "not a picture" in fault["reason"]
     again = evaluate(model, processor, spec, progress=False)
     assert [reply.text for reply in again.replies] == [reply.text for reply in result.replies]
     blind = evaluate(model, processor, spec.model_copy(update={"options": {"blind": True}}), progress=False)

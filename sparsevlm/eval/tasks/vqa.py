@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
-from sparsevlm.data.rows import RowContext, open_rows
+from sparsevlm.data.columns import as_list
+from sparsevlm.data.placeholders import IMAGE, VIDEO, Placeholders
+from sparsevlm.data.rows import RowContext, Rows, shown
 from sparsevlm.data.sample import BadSampleError, Media, Message, Sample
 from sparsevlm.eval.base import EvalTask, Example, asks_yes_no
 from sparsevlm.eval.metrics import Reference, extract_choice
@@ -61,40 +63,43 @@ class VqaTask(EvalTask):
 
     def examples(self, spec: Eval, base_dir: Path) -> list[Example]:
         """Read the file; see `EvalTask.examples`."""
-        path = base_dir / spec.path
-        root = base_dir / spec.media_root if spec.media_root else path.parent
-        rows = open_rows(Source(path=spec.path, format="vqa", limit=spec.limit), base_dir)
-        examples = [self._example(raw, index, path.name, root) for index, raw in enumerate(rows)]
+        from sparsevlm.data.sources import open_rows
+
+        rows = open_rows(Source(path=spec.path, format="vqa"), base_dir)
+        assert isinstance(rows, Rows)  # nothing here asks for a stream
+        root = base_dir / spec.media_root if spec.media_root else None
+        count = min(len(rows), spec.limit or len(rows))
+        examples = [self._example(rows, index, root) for index in range(count)]
         if examples and all(example.fault for example in examples):
             raise ValueError(
-                f"{path}: none of its {len(examples)} rows can be used; the first: {examples[0].fault}. "
+                f"{spec.path}: none of its {len(examples)} rows can be used; the first: {examples[0].fault}. "
                 "See docs/evaluation.md for the columns, and the option 'columns' to rename them"
             )
         return examples
 
-    def _example(self, raw: Any, index: int, file: str, root: Path) -> Example:
-        where = f"{file}:row {index}"
-        if not isinstance(raw, dict):
-            return Example(
-                Sample((), str(index), where=where), fault=f"the row is a {type(raw).__name__}, not an object"
-            )
+    def _example(self, rows: Rows, index: int, root: Path | None) -> Example:
+        where = rows.where(index)
+        try:
+            raw = rows[index]
+            if not isinstance(raw, dict):
+                raise BadSampleError(f"malformed row: {shown(raw)} is not an object")
+        except BadSampleError as error:
+            return Example(Sample((), str(index), where=where), fault=str(error))
         get = {name: raw.get(self.columns.get(name, name)) for name in COLUMNS}.get
         identity = str(index if get("id") is None else get("id"))
+        context = RowContext("", index, identity, where, root or rows.folder(index), rows.caches)
         kind = "all" if get("kind") is None else str(get("kind"))
         core = get("core") is not False
         metric: Any = get("metric") or self.metric
-        context = RowContext(source=file, index=index, id=identity, where=where, media_root=root)
-        sample = context.make(())
-        reference = Reference()
+        reference, messages, fault = Reference(), (), ""
         try:
             question = _Question.parse(get, metric)
             reference = question.reference
             prompt = self.prompt or (CHOICE_PROMPT if metric == "choice" else "{question}")
-            content = (*_media(get, context), question.fill(prompt))
-            sample = context.make([Message("user", content)])
+            messages = (Message("user", _content(question.fill(prompt), get, context)),)
         except BadSampleError as error:
-            return Example(sample, kind, reference, _known(metric), core, fault=str(error))
-        return Example(sample, kind, reference, metric, core)
+            fault = str(error)
+        return Example(context.make(messages), kind, reference, _known(metric), core, fault)
 
 
 @dataclass(frozen=True)
@@ -151,13 +156,13 @@ def _known(metric: Any) -> str:
     return metric if metric in MetricName.__args__ else "exact"
 
 
-def _media(get: Any, context: RowContext) -> list[Media]:
-    """Return the row's pictures and videos, pictures first."""
-    media = []
-    for name, kind in (("image", MediaKind.IMAGE), ("video", MediaKind.VIDEO)):
-        value = get(name)
-        for path in value if isinstance(value, list) else [] if value is None else [value]:
-            if not isinstance(path, str):
-                raise BadSampleError(f"'{name}' is {path!r}, not a path")
-            media.append(Media(kind, context.resolve(path)))
-    return media
+def _content(text: str, get: Any, context: RowContext) -> tuple[str | Media, ...]:
+    """Return a turn: media where the text has placeholders for them, else before the text, pictures first."""
+    images = [context.media(MediaKind.IMAGE, value) for value in as_list(get("image"))]
+    videos = [context.media(MediaKind.VIDEO, value) for value in as_list(get("video"))]
+    if IMAGE not in text and VIDEO not in text:
+        return (*images, *videos, text)
+    places = Placeholders(images, videos)
+    content = tuple(places.split(text))
+    places.finish()
+    return content
