@@ -32,9 +32,45 @@ def register() -> None:
     AttentionMaskInterface.register(PACKED_SDPA, packed_sdpa_mask)
 
 
-def supports_packed_sdpa(model: nn.Module) -> bool:
-    """Tell whether a transformers model takes its attention from the interface (older families have their own)."""
-    return bool(getattr(model, "_supports_attention_backend", False))
+def supports_packed_sdpa(model: Any) -> bool:
+    """Tell whether a transformers model, or its class, takes its attention from the interface (older ones do not).
+
+    That it can be set does not say that documents stay apart: see `isolates_documents`.
+    """
+    supported = getattr(model, "_can_set_attn_implementation", None)
+    return supported is not None and bool(supported()) and bool(getattr(model, "_supports_sdpa", False))
+
+
+@torch.no_grad()
+def isolates_documents(language_model: Any) -> bool:
+    """Probe whether a decoder keeps two packed documents apart and restarts their positions.
+
+    Needed for decoders at large: one that builds an attention mask of ones where it gets none (OPT with `sdpa`) lets
+    documents of a packed row see each other without a word.
+
+    Args:
+        language_model: Decoder without head, with any attention implementation, unsharded. Runs nine tokens.
+    """
+    device = language_model.get_input_embeddings().weight.device
+    vocabulary = language_model.get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(6, device=device)[None] * 7 + 3) % vocabulary  # (1, 6): two documents of 3
+    positions = torch.arange(3, device=device).repeat(2)[None]
+    boundaries = torch.tensor([0, 3, 6], dtype=torch.int32, device=device)
+    was_training = language_model.training
+    language_model.eval()
+    packed = language_model(
+        ids,
+        position_ids=positions,
+        use_cache=False,
+        cu_seq_lens_q=boundaries,
+        cu_seq_lens_k=boundaries,
+        max_length_q=3,
+        max_length_k=3,
+    ).last_hidden_state[:, 3:]
+    alone = language_model(ids[:, 3:], use_cache=False).last_hidden_state
+    language_model.train(was_training)
+    tolerance = 1e-5 if alone.dtype == torch.float32 else 0.02
+    return bool((packed - alone).abs().max() <= tolerance * alone.abs().max())
 
 
 def boundaries_mask(boundaries: Sequence[int] | Tensor) -> Tensor:

@@ -230,7 +230,7 @@ def test_documents_are_isolated(name: str, implementation: str) -> None:
 
 
 def test_documents_that_leak_are_found() -> None:
-    """OPT makes its own mask of ones and keeps kwargs from its attention."""
-    config = OPTConfig(**OPT_SIZES)
-    model = AutoModel.from_config(config, attn_implementation="packed_sdpa")
-    assert not attention.isolates_documents(model)
+    """OPT makes its own mask of ones, which hides the packing from `sdpa`; boundaries in kwargs still reach ours."""
+    for implementation, isolated in [("sdpa", False), ("packed_sdpa", True)]:
+        model = AutoModel.from_config(OPTConfig(**OPT_SIZES), attn_implementation=implementation)
+        assert attention.isolates_documents(model) is isolated
