@@ -28,7 +28,7 @@ class Example:
         kind: Question kind, the row of the result table.
         reference: What is accepted.
         metric: Name of the metric in `METRICS`.
-        core: Whether the kind counts for the headline figure.
+        core: Whether the question counts for the headline figure; a kind does when all its questions do.
         fault: Why the question cannot be asked; it is then counted as answered wrongly, and named.
     """
 
@@ -106,7 +106,7 @@ class EvalTask(BaseModel):
     def summarise(self, replies: Sequence[Reply]) -> tuple[Kinds, dict[str, Any]]:
         """Return the table by question kind, and the report over all of them (see `docs/evaluation.md`)."""
         kinds = {kind: summarise_kind(group) for kind, group in sorted(by_kind(replies).items())}
-        core = [reply for reply in replies if reply.example.core]
+        core = [reply for reply in replies if kinds[reply.example.kind]["core"]]
         report: dict[str, Any] = {
             "n": len(replies),
             "accuracy": mean(reply.score for reply in replies),

@@ -153,8 +153,8 @@ def print_result(name: str, result: EvalResult, console: Console) -> None:
         )
     table.add_row("all", str(report["n"]), percent(report["accuracy"]), percent(report["chance"]))
     console.print(table)
-    if report["yes_no"]:
-        console.print(_yes_no_table(report["yes_no"]))
+    for line in yes_no_lines(report["yes_no"]):
+        console.print(line, markup=False, highlight=False)
     faults = report["faults"]
     if faults:
         console.print(f"{len(faults)} of {report['n']} questions could not be asked and count as wrong:", markup=False)
@@ -164,18 +164,14 @@ def print_result(name: str, result: EvalResult, console: Console) -> None:
             console.print(f"  … and {len(faults) - SHOWN_FAULTS} more (see --output)")
 
 
-def _yes_no_table(figures: Mapping[str, Mapping[str, float | int]]) -> Any:
-    from rich.table import Table
-
-    columns = ("accuracy", "precision", "recall", "f1", "yes_share")
-    table = Table(title="yes/no", title_justify="left")
-    table.add_column("question kind")
-    for column in ("n", *columns, "undecided"):
-        table.add_column(column.replace("_", " "), justify="right")
-    rows = figures if len(figures) > 2 else {"overall": figures["overall"]}  # a single kind is the overall row already
-    for kind, row in rows.items():
-        table.add_row(kind, str(row["n"]), *(percent(row[column]) for column in columns), str(row["undecided"]))
-    return table
+def yes_no_lines(figures: Mapping[str, Mapping[str, float | int]]) -> list[str]:
+    """Return POPE's figures as a line a kind; a single kind is the overall line already."""
+    names = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1", "yes_share": "yes share"}
+    lines = []
+    for kind, row in figures.items() if len(figures) > 2 else [("", figures["overall"])] if figures else []:
+        shares = ", ".join(f"{name} {percent(row[key])}" for key, name in names.items())
+        lines.append(f"yes/no{kind and f' ({kind})'}: {shares}; undecided {row['undecided']} of {row['n']}")
+    return lines
 
 
 def percent(share: float) -> str:
