@@ -235,8 +235,20 @@ def load_model(
         dtype: Type of the weights; ``"auto"`` keeps the saved one.
         attention: Attention of the language model, as in the recipe.
         **kwargs: Passed to `from_pretrained`.
+
+    Raises:
+        ValueError: The checkpoint lacks weights, or holds some of another shape.
     """
-    model = SparseVLMForConditionalGeneration.from_pretrained(str(path), dtype=dtype, **kwargs)
+    model, info = SparseVLMForConditionalGeneration.from_pretrained(
+        str(path), dtype=dtype, output_loading_info=True, **kwargs
+    )
+    if info["missing_keys"] or info["mismatched_keys"]:
+        lacking = sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"])
+        raise ValueError(
+            f"{path} does not hold the whole model: {len(lacking)} weights are missing or have another shape "
+            f"({', '.join(lacking[:4])}{', …' if len(lacking) > 4 else ''}); they would be random. Was it written to "
+            "the end?"
+        )
     processor = SparseVLMProcessor.from_pretrained(str(path))
     set_attention(model, attention)
     return model, processor
@@ -251,6 +263,11 @@ def set_attention(model: SparseVLMForConditionalGeneration, name: str) -> str:
             name = "flash_attention_2"
         else:
             name = "packed_sdpa" if supports_packed_sdpa(model.model.language_model) else "sdpa"
+    if name == "packed_sdpa" and not supports_packed_sdpa(model.model.language_model):
+        raise ValueError(
+            f"{type(model.model.language_model).__name__} has attention of its own and cannot use packed_sdpa; "
+            "set model.language.attention to auto, sdpa or eager"
+        )
     model.model.language_model.set_attn_implementation(name)
     return name
 

@@ -20,9 +20,9 @@ from sparsevlm.data.sample import IGNORE_INDEX
 from sparsevlm.model import attention
 from sparsevlm.model.configuration_sparsevlm import SparseVLMConfig
 from sparsevlm.model.outputs import SparseVLMCausalLMOutput, SparseVLMModelOutput
-from sparsevlm.moe.block import initialize_moe, install_moe
+from sparsevlm.moe.block import initialize_moe, install_moe, set_implementation
 from sparsevlm.moe.losses import load_balancing_loss
-from sparsevlm.moe.router import collect_router_logits
+from sparsevlm.moe.router import collect_router_logits, mark_initialized
 from sparsevlm.vision.encoder import default_image_size, encode_frames, feature_dim, output_grid
 from sparsevlm.vision.tokens import MEDIA_KINDS, Grid, MediaKind, VisualTokens
 
@@ -45,21 +45,23 @@ class SparseVLMPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    def _init_weights(self, module: nn.Module) -> None:
-        """Initialise what the outer model owns; parts do their own, connector and MoE blocks in their constructors."""
-        super()._init_weights(module)
-        if isinstance(
-            module, SparseVLMModel
-        ):  # last of its submodules; the decoder's own class does not know MoE blocks
-            initialize_moe(module.language_model)
+    def initialize_weights(self) -> None:
+        """Draw what no checkpoint holds; the decoder's own class does not know the MoE blocks in it."""
+        super().initialize_weights()
+        initialize_moe(self)
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """MoE blocks read their kernel's name from the decoder's config, whatever the decoder's class."""
+        return True
 
-def _keep_own_initialisation(module: nn.Module) -> None:
-    """Mark a module's parameters as initialised, so that `post_init` does not overwrite them."""
-    for child in module.modules():
-        child._is_hf_initialized = True  # pyright: ignore
-    for parameter in module.parameters():
-        parameter._is_hf_initialized = True  # pyright: ignore
+    def set_experts_implementation(self, experts_implementation: str | dict[str, str]) -> None:
+        """Choose the experts' kernel: `grouped_mm`, `batched_mm`, `eager`, or one registered with transformers."""
+        name = experts_implementation
+        if isinstance(name, dict):
+            name = name.get("text_config", name.get("", "eager"))
+        decoder = getattr(self, self.base_model_prefix, self).language_model
+        set_implementation(decoder, self.config.text_config, name)
 
 
 def build_connector(config: SparseVLMConfig) -> nn.ModuleList:
@@ -84,12 +86,16 @@ class SparseVLMModel(SparseVLMPreTrainedModel):
 
     def __init__(self, config: SparseVLMConfig) -> None:
         super().__init__(config)
+        text_config = config.text_config
+        # Dense classes refuse a config that names an experts kernel; the blocks get it instead.
+        kernel = text_config._experts_implementation
+        text_config._experts_implementation = config.vision_config._experts_implementation = None
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.connector = build_connector(config)
-        self.language_model = AutoModel.from_config(config.text_config)
+        self.language_model = AutoModel.from_config(text_config)
         if config.moe is not None:
-            install_moe(self.language_model, config.text_config, config.moe)
-        _keep_own_initialisation(self.connector)
+            install_moe(self.language_model, text_config, config.moe, experts_implementation=kernel)
+        mark_initialized(self.connector)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

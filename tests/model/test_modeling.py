@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -237,6 +238,37 @@ def test_upcycled_model_keeps_its_function_and_reloads(tmp_path: Path, language:
     assert len(again.eval()(**batch, output_router_logits=True).router_logits) == 1
     out.loss.backward()
     assert again.model.language_model.layers[0].mlp.gate.weight.grad.abs().sum() > 0
+
+
+def test_experts_kernel_can_be_chosen_and_a_live_config_rebuilds(tiny_model: Any, tmp_path: Path) -> None:
+    model, processor = tiny_model
+    upcycle_model(model, Upcycle(), seed=0)
+    batch = collate(processor, SAMPLES, packed=True)
+    want = model.eval()(**batch).logits
+    model.save_pretrained(tmp_path)
+    for name in ("eager", "batched_mm", "grouped_mm"):
+        loaded = type(model).from_pretrained(tmp_path, experts_implementation=name)
+        assert loaded.model.language_model.config._experts_implementation == name
+        torch.testing.assert_close(loaded.eval()(**batch).logits, want, atol=1e-5, rtol=0)
+    loaded.set_experts_implementation("eager")
+    assert loaded.model.language_model.config._experts_implementation == "eager"
+    rebuilt = type(model)(copy.deepcopy(model.config))
+    rebuilt.load_state_dict(model.state_dict())
+    set_attention(rebuilt, "auto")
+    torch.testing.assert_close(rebuilt.eval()(**batch).logits, want, atol=1e-5, rtol=0)
+
+
+def test_an_incomplete_checkpoint_is_refused(tiny_model: Any, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model, processor = tiny_model
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    lost = [name for name in weights if ".connector." in name]
+    save_file({k: v for k, v in weights.items() if k not in lost}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{len(lost)} weights are missing"):
+        load_model(tmp_path)
 
 
 def test_auto_classes_and_pipeline(tiny_model: Any, tmp_path: Path) -> None:
