@@ -36,7 +36,7 @@ def resolve_model(path: str | Path) -> str:
         return str(folder)
     stages = complete_stages(folder)
     if not stages:
-        found = ", ".join(sorted(child.name for child in folder.iterdir())) or "nothing"
+        found = ", ".join(sorted(child.name for child in folder.iterdir() if child.name[0] != ".")) or "nothing"
         raise ValueError(
             f"{path}: no complete stage and no model here (found: {found}). A stage is complete once it holds a file "
             f"{COMPLETE}; the same `sparsevlm train` command continues an interrupted run"
