@@ -1,0 +1,252 @@
+"""Checks of a recipe that need its model, but no weights: widths that meet, layers that exist, pictures that fit."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsevlm.connectors.base import connector_grid, parse_connector
+from sparsevlm.model.attention import supports_packed_sdpa
+from sparsevlm.model.build import build_config, chat_template, packs_for_free, part_config, resolve_part
+from sparsevlm.model.configuration_sparsevlm import SparseVLMConfig
+from sparsevlm.moe.upcycle import upcycle_model
+from sparsevlm.recipe.load import Fault, RecipeError, option_fault
+from sparsevlm.recipe.schema import Recipe, Stage
+from sparsevlm.recipe.section import OptionPath
+from sparsevlm.train.flops import Shape
+from sparsevlm.train.parts import select_trainable
+from sparsevlm.vision.encoder import default_image_size, feature_dim, output_grid, vision_subconfig
+from sparsevlm.vision.tokens import Grid, MediaKind
+
+_MEDIUM = re.compile(r"(?:(?P<frames>[1-9]\d*)f@)?(?P<width>[1-9]\d*)x(?P<height>[1-9]\d*)")
+
+
+@dataclass(frozen=True)
+class Medium:
+    """A picture or video to count tokens for.
+
+    Attributes:
+        name: As it was written: ``640x480``, ``64f@1280x720``.
+        kind: Image or video.
+        frames: Frames that are drawn from it.
+        size: ``(width, height)`` in pixels.
+    """
+
+    name: str
+    kind: MediaKind
+    frames: int
+    size: tuple[int, int]
+
+
+def parse_medium(text: str) -> Medium:
+    """Read a medium.
+
+    Raises:
+        ValueError: Neither ``WIDTHxHEIGHT`` nor ``FRAMESf@WIDTHxHEIGHT``.
+    """
+    text = text.strip()
+    match = _MEDIUM.fullmatch(text)
+    if match is None:
+        raise ValueError(f"medium {text!r}: expected WIDTHxHEIGHT (640x480) or FRAMESf@WIDTHxHEIGHT (64f@1280x720)")
+    kind = MediaKind.VIDEO if match["frames"] else MediaKind.IMAGE
+    return Medium(text, kind, int(match["frames"] or 1), (int(match["width"]), int(match["height"])))
+
+
+def frames_of(recipe: Recipe, medium: Medium) -> int:
+    """Return the frames of a medium that reach the tower."""
+    return min(medium.frames, recipe.model.video.max_frames) if medium.kind is MediaKind.VIDEO else 1
+
+
+def count_visual(recipe: Recipe, grid: tuple[int, int], medium: Medium) -> int:
+    """Return the visual tokens of a medium, as the processor counts them."""
+    specs = parse_connector(recipe.model.connector)
+    return connector_grid(specs, Grid(frames_of(recipe, medium), *grid), medium.kind).num_tokens
+
+
+def packs(recipe: Recipe, model: Any) -> bool:
+    """Tell whether `packing: auto` packs."""
+    attention = recipe.model.language.attention
+    if attention == "auto":
+        return supports_packed_sdpa(model.model.language_model)
+    return packs_for_free(attention)
+
+
+@dataclass
+class ModelCheck:
+    """Looks for what only the model can tell, collecting faults."""
+
+    recipe: Recipe
+    faults: list[Fault] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def fault(self, path: OptionPath, message: object) -> None:
+        """Enter a fault at the line of an option."""
+        self.faults.append(option_fault(self.recipe, path, str(message)))
+
+    def config(self) -> SparseVLMConfig:
+        """Return the model's configuration with the vocabulary that training will have."""
+        model = self.recipe.model
+        parts: dict[str, Any] = {}
+        for name, path in (("vision", model.vision.path), ("language", model.language.path)):
+            try:
+                parts[name] = part_config(path, model.trust_remote_code, offline_shapes=True)
+            except ValueError as error:
+                self.fault(("model", name, "path"), error)
+        if "vision" in parts:
+            self._tower(vision_subconfig(parts["vision"]))
+        if "language" in parts:
+            vocabulary = self._vocabulary()
+        if self.faults:
+            raise RecipeError(self.faults)
+        config = build_config(model, offline_shapes=True)
+        text: Any = config.text_config
+        text.vocab_size = max(text.vocab_size, vocabulary)
+        return config
+
+    def _tower(self, vision: Any) -> None:
+        """Check picture size and layer."""
+        options = self.recipe.model.vision
+        try:
+            own = default_image_size(vision)
+        except ValueError as error:
+            if options.image_size is None:
+                self.fault(("model", "vision", "image_size"), error)
+                return
+            own = None
+        try:
+            feature_dim(vision, options.layer)
+        except ValueError as error:
+            self.fault(("model", "vision", "layer"), error)
+            return
+        size, patch = options.image_size or own, getattr(vision, "patch_size", None)
+        assert size is not None
+        if size != own and isinstance(patch, int) and size % patch:
+            near = f"{size // patch * patch} or {(size // patch + 1) * patch}"
+            self.fault(
+                ("model", "vision", "image_size"), f"{size} pixels are not a multiple of the patch size {patch}: {near}"
+            )
+            return
+        try:
+            output_grid(vision, size, options.layer)
+        except ValueError as error:
+            self.fault(("model", "vision", "image_size"), error)
+
+    def _vocabulary(self) -> int:
+        """Check the chat template and return the tokens that the tokenizer will have; 0 where none can be read."""
+        from transformers import AutoTokenizer
+
+        model = self.recipe.model
+        directory = resolve_part(model.language.path)
+        tokenizer, size = None, 0
+        if Path(directory).is_dir():
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
+            except (OSError, ValueError) as error:
+                self.fault(("model", "language", "path"), f"no tokenizer in {directory}: {error}")
+                return 0
+            known = tokenizer.get_vocab()
+            size = len(tokenizer) + len({model.image_token, model.video_token} - set(known))
+        elif model.language.chat_template == "auto":
+            self.notes.append(
+                f"the tokenizer of {model.language.path} was not read (no network); 'chat_template: auto' needs one "
+                "whose template marks the assistant's tokens"
+            )
+            return 0
+        try:
+            chat_template(model.language.chat_template, tokenizer)
+        except ValueError as error:
+            self.fault(("model", "language", "chat_template"), error)
+        return size
+
+    def image_size(self, config: SparseVLMConfig) -> int:
+        """Return the side that pictures are brought to."""
+        return self.recipe.model.vision.image_size or default_image_size(config.vision_config)  # pyright: ignore
+
+    def grid(self, config: SparseVLMConfig) -> tuple[int, int]:
+        """Return the tower's grid, having followed it and its width through the connector."""
+        model = self.recipe.model
+        tower: Any = config.vision_config
+        layer, select = config.vision_feature_layer, config.vision_feature_select
+        h, w = output_grid(tower, self.image_size(config), layer, select)
+        width = feature_dim(tower, layer)
+        text_width = config.text_config.hidden_size  # pyright: ignore
+        grids = [(MediaKind.IMAGE, Grid(1, h, w)), (MediaKind.VIDEO, Grid(model.video.max_frames, h, w))]
+        for i, spec in enumerate(parse_connector(model.connector)):
+            try:
+                grids = [(kind, spec.output_grid(grid, kind)) for kind, grid in grids]
+                with torch.device("meta"):
+                    spec.build(width, text_width)
+                width = spec.output_dim(width, text_width)
+            except ValueError as error:
+                self.fault(("model", "connector", i), error)
+                break
+        else:
+            if width != text_width:
+                self.fault(
+                    ("model", "connector", len(model.connector) - 1),
+                    f"the connector ends at width {width}, the language model is {text_width} wide: end it with "
+                    "{type: linear} or {type: mlp}",
+                )
+        if self.faults:
+            raise RecipeError(self.faults)
+        return h, w
+
+    def data(self) -> None:
+        """Note what is not there yet; a plan is often made before the data."""
+        for name, source in self.recipe.data.items():
+            paths = [source.path] if isinstance(source.path, str) else source.path
+            files = [path for path in paths if Path(path).suffix in (".json", ".jsonl", ".parquet")]
+            missing = [path for path in files if not Path(path).exists()]
+            if missing:
+                others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+                self.notes.append(f"data.{name}: {missing[0]}{others} not there yet")
+
+    def edit(self, model: Any, name: str, stage: Stage) -> bool:
+        """Apply a stage's edits to the model and choose what trains; tell whether that worked."""
+        if stage.upcycle is not None:
+            spec: Any = stage.upcycle
+            try:
+                upcycle_model(model, spec)
+            except ValueError as error:
+                option = ("layers",) if re.match(r"layer(s| choice)", str(error)) else ()
+                self.fault(("stages", name, "upcycle", *option), error)
+                return False
+        try:
+            select_trainable(model, stage.trains)
+        except ValueError as error:
+            self.fault(("stages", name, "trains"), error)
+            return False
+        return True
+
+    def shape(
+        self, name: str, stage: Stage, grid: tuple[int, int], medium: Medium, packable: bool, world: int
+    ) -> Shape:
+        """Return the size of a step, checking that a picture fits into a row.
+
+        A row is taken to hold as many of `medium` as its visual budget allows when packing, else one: an upper bound
+        for the tower's share.
+        """
+        batch = stage.batch
+        at = ("stages", name, "batch")
+        if batch.rows % (batch.rows_per_rank * world):
+            self.fault((*at, "rows"), f"{batch.rows} rows cannot be divided over {world} x {batch.rows_per_rank} rows")
+        budget = min(batch.max_visual_tokens or batch.max_length, batch.max_length)
+        picture = count_visual(self.recipe, grid, parse_medium("1x1"))
+        if picture >= budget:
+            option = "max_visual_tokens" if batch.max_visual_tokens and budget < batch.max_length else "max_length"
+            self.fault((*at, option), f"a picture alone takes {picture} tokens; no sample with one fits into {budget}")
+        specs, each = parse_connector(self.recipe.model.connector), Grid(frames_of(self.recipe, medium), *grid)
+        steps = [connector_grid(specs[: i + 1], each, medium.kind).num_tokens for i in range(len(specs))]
+        packing = packable if batch.packing == "auto" else batch.packing
+        held = max(1, budget // steps[-1]) if packing else 1
+        return Shape(
+            rows=batch.rows,
+            rows_per_rank=batch.rows_per_rank,
+            row_tokens=batch.max_length,
+            row_frames=held * each.t,
+            block_tokens=tuple(held * tokens for tokens in steps),
+        )

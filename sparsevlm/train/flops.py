@@ -1,0 +1,252 @@
+"""Closed formulas for what a stage costs: arithmetic of an optimizer step and memory of a rank. See `docs/plan.md`.
+
+Everything is read off a model on the meta device: which matrices a token meets, and how often.
+
+Legend: T tokens a step, S tokens a row, N visual tokens a step, F frames a step, W ranks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparsevlm.recipe.schema import Recipe, Stage
+from sparsevlm.train.parts import parts_of
+from sparsevlm.train.sharding import deepspeed_config, uses_deepspeed
+from sparsevlm.vision.encoder import encode_frames
+
+_LAYER = re.compile(r"\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight matrix that a token is multiplied with.
+
+    Attributes:
+        index: Connector block or decoder layer that it belongs to; None for the head.
+        inputs: Width before it.
+        outputs: Width after it.
+        uses: Matrices of this kind that one token meets: 1, or top_k for stacked experts.
+        trainable: It trains in this stage.
+    """
+
+    index: int | None
+    inputs: int
+    outputs: int
+    uses: int
+    trainable: bool
+
+    @property
+    def flops(self) -> int:
+        """Operations of one token in the forward pass: a multiplication and an addition a weight."""
+        return 2 * self.inputs * self.outputs * self.uses
+
+    @property
+    def activations(self) -> int:
+        """Numbers of one token that the backward pass needs: what goes in, and what comes out."""
+        return (self.inputs + self.outputs) * self.uses
+
+
+@dataclass(frozen=True)
+class Tower:
+    """What one frame costs in the vision tower.
+
+    Attributes:
+        flops: Operations of the forward pass.
+        activations: Numbers that a backward pass needs, as for `Matrix`.
+        checkpointed: The same when every layer is recomputed: what enters the layers, and one layer's own.
+    """
+
+    flops: int
+    activations: int
+    checkpointed: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Size of a step.
+
+    Attributes:
+        rows: Rows an optimizer step.
+        rows_per_rank: Rows that a rank holds at once.
+        row_tokens: S.
+        row_frames: Frames of a row.
+        block_tokens: Visual tokens of a row as they leave each connector block.
+    """
+
+    rows: int
+    rows_per_rank: int
+    row_tokens: int
+    row_frames: int
+    block_tokens: tuple[int, ...]
+
+
+def matrices(model: Any) -> tuple[list[Matrix], list[Matrix]]:
+    """Return the matrices of connector and language model (head included, the embedding look-up not).
+
+    Args:
+        model: A `SparseVLMForConditionalGeneration` with `requires_grad` as the stage sets it; the meta device will do.
+    """
+    connector: list[Matrix] = []
+    language: list[Matrix] = []
+    top_k = getattr(model.config.text_config, "num_experts_per_tok", 1)
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            continue
+        for name, weight in module.named_parameters(recurse=False):
+            path = f"{prefix}.{name}"
+            if "bias" in name or weight.ndim not in (2, 3) or parts_of(path) == ("vision",) or path == "lm_head.weight":
+                continue
+            found = _LAYER.search(path)
+            stacked = weight.ndim == 3
+            matrix = Matrix(
+                index=int(found[1]) if found else None,
+                inputs=weight.shape[-1],
+                outputs=weight.shape[-2],
+                uses=top_k if stacked else 1,
+                trainable=weight.requires_grad,
+            )
+            (connector if parts_of(path) == ("connector",) else language).append(matrix)
+    head = model.get_output_embeddings().weight  # by the module, since a tied head is no parameter of its own
+    language.append(Matrix(None, head.shape[1], head.shape[0], 1, head.requires_grad))
+    return connector, language
+
+
+def measure_tower(model: Any, image_size: int) -> Tower:
+    """Count a frame's operations and activations by sending one through the tower on the meta device."""
+    tower = model.model.vision_tower
+    numbers = 0
+
+    def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        nonlocal numbers
+        numbers += inputs[0].numel() + output.numel()
+
+    weighted = (nn.Linear, nn.Conv1d, nn.Conv2d)
+    handles = [module.register_forward_hook(count) for module in tower.modules() if isinstance(module, weighted)]
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            features = encode_frames(
+                tower,
+                torch.empty(1, 3, image_size, image_size, device="meta"),
+                layer=model.config.vision_feature_layer,
+                select=model.config.vision_feature_select,
+            )
+    finally:
+        for handle in handles:
+            handle.remove()
+    layers = getattr(model.config.vision_config, "num_hidden_layers", None)
+    kept = numbers if layers is None else features.numel() * layers + numbers // layers
+    return Tower(counter.get_total_flops(), numbers, min(kept, numbers))
+
+
+def _attention_flops(text_config: Any, tokens: int, row_tokens: int) -> int:
+    """Operations of one layer's causal attention scores and their use in the forward pass: ``2 T S d``.
+
+    Each of the two products costs ``2 T S d``, d being heads times head width; the causal half is saved. Packed
+    documents see less than the whole row, so this is a bound.
+    """
+    heads = text_config.num_attention_heads
+    width = heads * (getattr(text_config, "head_dim", None) or text_config.hidden_size // heads)
+    return 2 * tokens * row_tokens * width
+
+
+def flops_per_step(model: Any, tower: Tower, stage: Stage, shape: Shape) -> int:
+    """Return the operations of one optimizer step over all ranks.
+
+    A matrix of m weights costs ``2 m`` a token in the forward pass, ``2 m`` for the gradient of its input where
+    something before it trains, and ``2 m`` for its own gradient where it trains: ``6 m`` in full training, ``4 m`` in a
+    frozen language model over a trained connector. Experts count top_k times. Attention costs ``2 T S d`` a layer
+    forward and twice that backward. Gradient checkpointing repeats the forward pass of the layers.
+    """
+    connector, language = matrices(model)
+    again = int(stage.gradient_checkpointing)
+    trains_below = any(weight.requires_grad for weight in model.model.vision_tower.parameters())
+    total = (3 + again if trains_below else 1) * tower.flops * shape.rows * shape.row_frames
+
+    for matrix in connector:
+        passes = 1 + trains_below + matrix.trainable
+        total += passes * matrix.flops * shape.rows * shape.block_tokens[matrix.index or 0]
+        trains_below = trains_below or matrix.trainable
+
+    tokens = shape.rows * shape.row_tokens
+    attention = _attention_flops(model.config.text_config, tokens, shape.row_tokens)
+    trains_below = trains_below or model.get_input_embeddings().weight.requires_grad
+    layer = None
+    for matrix in language:
+        repeated = again * (matrix.index is not None)
+        total += (1 + repeated + trains_below + matrix.trainable) * matrix.flops * tokens
+        trains_below = trains_below or matrix.trainable
+        if matrix.index not in (None, layer):  # the layer's first matrix: its attention comes with it
+            layer = matrix.index
+            total += (1 + again + 2 * trains_below) * attention
+    return total
+
+
+def memory_per_rank(
+    model: Any, tower: Tower, recipe: Recipe, stage: Stage, shape: Shape, world: int = 1
+) -> dict[str, int]:
+    """Return the bytes that a rank needs on its device, by what they hold.
+
+    - ``weights``: 4 bytes a parameter (2 where `model.dtype` is bfloat16), plus 2 a trained one for autocast's copies;
+      a share of ``1 / W`` under ZeRO-3.
+    - ``gradients``: as the weights, of what trains; ``1 / W`` from ZeRO-2 on.
+    - ``optimizer``: two moments of the weights' type; under DeepSpeed 12 bytes (float32 master and moments), ``1 / W``.
+    - ``activations``: `Matrix.activations` of all layers for the tokens of a micro-batch; with gradient checkpointing
+      the layers' inputs and one layer's own. 2 bytes each in bf16, else 4. The tower's only where it trains. Attention
+      that keeps no score matrix is assumed (SDPA, flash).
+    - ``logits``: micro-batch tokens x vocabulary, in the arithmetic's type, once more in float32, and their gradient.
+
+    Offloaded parts count under ``host`` (not on the device).
+    """
+    sharded = uses_deepspeed(recipe, stage, world)
+    sharding = recipe.sharding_of(stage)
+    config = deepspeed_config(sharding, stage, recipe.model.dtype) if sharded else None
+    zero = sharding.zero if config is not None else 0
+    weight_bytes = 2 if recipe.model.dtype == "bfloat16" else 4
+    number_bytes = 2 if stage.precision == "bf16" or weight_bytes == 2 else 4
+
+    everything = sum(weight.numel() for weight in model.parameters())
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    casts = 2 * trained if stage.precision == "bf16" and weight_bytes == 4 else 0
+    weights = weight_bytes * everything // (world if zero == 3 else 1)
+    gradients = weight_bytes * trained // (world if zero >= 2 else 1)
+    states = (12 if config is not None else 2 * weight_bytes) * trained // (world if zero >= 1 else 1)
+    host = 0
+    if sharded and sharding.offload != "none":
+        host, states = host + states, 0
+    if sharded and sharding.offload == "all":
+        host, weights = host + weights, 0
+
+    connector, language = matrices(model)
+    tokens = shape.rows_per_rank * shape.row_tokens
+    numbers = tokens * _layer_activations(language, stage.gradient_checkpointing, model.config.text_config.hidden_size)
+    if any(weight.requires_grad for weight in model.model.vision_tower.parameters()):
+        frame = tower.checkpointed if stage.gradient_checkpointing else tower.activations
+        numbers += shape.rows_per_rank * shape.row_frames * frame
+    if any(matrix.trainable for matrix in connector):
+        numbers += shape.rows_per_rank * sum(m.activations * shape.block_tokens[m.index or 0] for m in connector)
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    return {
+        "weights": weights + casts,
+        "gradients": gradients,
+        "optimizer": states,
+        "activations": numbers * number_bytes,
+        "logits": tokens * vocabulary * (number_bytes + 8),
+        "host": host,
+    }
+
+
+def _layer_activations(language: Iterable[Matrix], checkpointing: bool, hidden: int) -> int:
+    """Numbers that the decoder layers keep of one token."""
+    layers: dict[int, int] = {}
+    for matrix in language:
+        if matrix.index is not None:
+            layers[matrix.index] = layers.get(matrix.index, 0) + matrix.activations
+    kept = sum(layers.values())
+    return min(kept, hidden * len(layers) + max(layers.values(), default=0)) if checkpointing else kept

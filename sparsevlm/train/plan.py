@@ -1,0 +1,138 @@
+"""What a recipe would do, found out without weights, GPU or network: `plan` and its table.
+
+Every stage is built on the meta device, so what is counted is the model that would be trained. Faults that need the
+model (widths that do not meet, layers that are not there) are reported as the loader reports its own, with their lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from sparsevlm.model.modeling_sparsevlm import SparseVLMForConditionalGeneration
+from sparsevlm.recipe.load import RecipeError
+from sparsevlm.recipe.schema import Recipe, Stage
+from sparsevlm.train.check import ModelCheck, count_visual, packs, parse_medium
+from sparsevlm.train.flops import Shape, Tower, flops_per_step, measure_tower, memory_per_rank
+from sparsevlm.train.parts import count_parameters, select_trainable
+
+DEFAULT_MEDIA = ("640x480", "16f@640x480")
+"""What visual tokens are counted for when nothing is asked for."""
+
+
+def plan(recipe: Recipe, media: Sequence[str] = (), *, world: int = 1) -> dict[str, Any]:
+    """Check a recipe against its model and count what each stage costs.
+
+    Args:
+        recipe: A loaded recipe.
+        media: Pictures and videos to count visual tokens for, as `parse_medium` reads them. The first also says what
+            a row holds when a step's arithmetic is counted.
+        world: Ranks that the stages run on.
+
+    Returns:
+        ``{"recipe", "stages": [{"name", "trains", "lr", "parameters": {"total", "trainable", "activated",
+        "language_model": {"total", "activated"}}, "visual_tokens": {medium: tokens}, "tokens_per_step",
+        "flops_per_step", "memory_per_rank_bytes", "memory"}], "notes"}``. `memory` divides the bytes by what they hold
+        (`host` comes on top); `notes` say what could not be checked. Formulas: `sparsevlm.train.flops`.
+
+    Raises:
+        RecipeError: What does not fit, each at its line.
+        ValueError: A medium that cannot be read.
+    """
+    counted = [parse_medium(text) for text in media or DEFAULT_MEDIA]
+    check = ModelCheck(recipe)
+    config = check.config()
+    grid = check.grid(config)
+    check.data()
+    with torch.device("meta"):
+        model = SparseVLMForConditionalGeneration(config)
+    tower = measure_tower(model, check.image_size(config))
+    packable = packs(recipe, model)
+
+    stages = []
+    for name, stage in recipe.stages.items():
+        if not check.edit(model, name, stage):
+            continue
+        tokens = {medium.name: count_visual(recipe, grid, medium) for medium in counted}
+        shape = check.shape(name, stage, grid, counted[0], packable, world)
+        stages.append(_describe(model, tower, recipe, name, stage, shape, tokens, world))
+    if check.faults:
+        raise RecipeError(check.faults)
+    return {"recipe": recipe.name, "stages": stages, "notes": check.notes}
+
+
+def _describe(
+    model: Any, tower: Tower, recipe: Recipe, name: str, stage: Stage, shape: Shape, tokens: dict[str, int], world: int
+) -> dict[str, Any]:
+    """Return the entry of one stage, whose edits the model already carries."""
+    report = select_trainable(model, stage.trains, stage.optim)
+    memory = memory_per_rank(model, tower, recipe, stage, shape, world)
+    return {
+        "name": name,
+        "trains": list(stage.trains),
+        "lr": {row.part: row.lr for row in report.parts if row.trainable},
+        "parameters": count_parameters(model),
+        "visual_tokens": tokens,
+        "tokens_per_step": stage.batch.rows * stage.batch.max_length,
+        "flops_per_step": flops_per_step(model, tower, stage, shape),
+        "memory_per_rank_bytes": sum(size for what, size in memory.items() if what != "host"),
+        "memory": memory,
+    }
+
+
+def print_plan(document: dict[str, Any], console: Any = None) -> None:
+    """Print a plan as tables.
+
+    Args:
+        document: What `plan` returned.
+        console: A rich console; default: the terminal.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    console = console or Console()
+    stages = document["stages"]
+    table = Table(title=f"plan of {document['recipe']}", title_justify="left")
+    table.add_column("")
+    for stage in stages:
+        table.add_column(stage["name"], justify="right")
+    rows: list[tuple[str, list[str]]] = [
+        ("trains", ["\n".join(f"{part} at {lr:g}" for part, lr in stage["lr"].items()) for stage in stages]),
+        ("parameters", [_short(stage["parameters"]["total"]) for stage in stages]),
+        ("  trainable", [_short(stage["parameters"]["trainable"]) for stage in stages]),
+        ("  activated", [_short(stage["parameters"]["activated"]) for stage in stages]),
+        ("  language model", [_short(stage["parameters"]["language_model"]["total"]) for stage in stages]),
+        ("    activated", [_short(stage["parameters"]["language_model"]["activated"]) for stage in stages]),
+    ]
+    for medium in stages[0]["visual_tokens"]:
+        rows.append((f"visual tokens, {medium}", [f"{stage['visual_tokens'][medium]:,}" for stage in stages]))
+    rows += [
+        ("tokens a step, at most", [f"{stage['tokens_per_step']:,}" for stage in stages]),
+        ("FLOPs a step, at most", [f"{stage['flops_per_step']:.2e}" for stage in stages]),
+        ("memory a rank", [_bytes(stage["memory_per_rank_bytes"]) for stage in stages]),
+    ]
+    for what in stages[0]["memory"]:
+        label = "  in host memory" if what == "host" else f"  {what}"
+        if any(stage["memory"][what] for stage in stages):
+            rows.append((label, [_bytes(stage["memory"][what]) for stage in stages]))
+    for label, cells in rows:
+        table.add_row(label, *cells)
+    console.print(table)
+    for note in document["notes"]:
+        console.print(f"note: {note}", highlight=False, markup=False)
+
+
+def _short(number: int) -> str:
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}" if number < 100 * size else f"{number / size:.0f} {unit}"
+    return str(number)
+
+
+def _bytes(number: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number} B"

@@ -1,0 +1,408 @@
+"""Plans against published counts, against models that are built for real, and against simple sums."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparsevlm.model.backbones import backbone_config, known_backbones, published_parameters
+from sparsevlm.recipe.load import RecipeError, dump_recipe, load_recipe
+from sparsevlm.recipe.schema import Recipe
+from sparsevlm.train.check import parse_medium
+from sparsevlm.train.flops import matrices, measure_tower
+from sparsevlm.train.plan import plan, print_plan
+from sparsevlm.vision.tokens import MediaKind
+from tests import tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+MEDIA = ["640x480", "64f@1280x720"]
+
+
+def stage_of(document: dict, name: str) -> dict:
+    return next(stage for stage in document["stages"] if stage["name"] == name)
+
+
+@pytest.fixture(autouse=True)
+def _at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)  # recipes are written to be run from there
+
+
+# -- published numbers ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", known_backbones())
+def test_backbones_have_the_parameters_of_the_published_checkpoints(name):
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    config = backbone_config(name)
+    tower = not hasattr(config, "vocab_size")
+    with torch.device("meta"):
+        model = (AutoModel if tower else AutoModelForCausalLM).from_config(config)
+    assert sum(weight.numel() for weight in model.parameters()) == published_parameters(name)
+
+
+@pytest.fixture(scope="module")
+def moe_llava():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        return {name: plan(load_recipe(f"recipes/moe_llava/{name}.yaml"), MEDIA) for name in ("phi2", "stablelm")}
+
+
+# MoE-LLaVA table 1: (dense, activated, total) in billions as printed, and by the paper's formula with the true widths.
+@pytest.mark.parametrize(
+    ("name", "printed", "formula"),
+    [("phi2", (2.7, 3.6, 5.3), (2.7789, 3.6179, 5.2959)), ("stablelm", (1.6, 2.0, 2.9), (1.6443, 2.0596, 2.8902))],
+)
+def test_language_model_counts_are_the_papers(moe_llava, name, printed, formula):
+    dense = stage_of(moe_llava[name], "instruct")["parameters"]["language_model"]
+    sparse = stage_of(moe_llava[name], "moe")["parameters"]["language_model"]
+    assert dense["total"] == dense["activated"]
+    ours = (dense["total"], sparse["activated"], sparse["total"])
+    for count, rounded, exact in zip(ours, printed, formula):
+        assert abs(count / 1e9 - rounded) < 0.1  # the paper cuts off rather than rounds
+        # the formula leaves out biases, and adds two norms for every further expert
+        assert count / 1e9 == pytest.approx(exact, rel=1e-3)
+
+
+def test_all_layers_sparse_gives_the_papers_second_row():
+    for name, activated, total in (("phi2", 4.5, 7.8), ("stablelm", 2.5, 4.1)):
+        recipe = load_recipe(f"recipes/moe_llava/{name}.yaml", ["stages.moe.upcycle.layers=all"])
+        counts = stage_of(plan(recipe), "moe")["parameters"]["language_model"]
+        assert abs(counts["activated"] / 1e9 - activated) < 0.05
+        assert abs(counts["total"] / 1e9 - total) < 0.05
+
+
+# Stage-3 trainable parameters of the published code (computed): FFNs of all layers, routers, projector.
+@pytest.mark.parametrize(
+    ("name", "published", "ffn", "dense_layers"),
+    [("phi2", 4_204_672_000, 52_441_600, 16), ("stablelm", 2_082_574_336, 34_603_008, 12)],
+)
+def test_moe_stage_trains_what_moe_llava_trains_but_the_dense_ffns(moe_llava, name, published, ffn, dense_layers):
+    trainable = stage_of(moe_llava[name], "moe")["parameters"]["trainable"]
+    assert trainable + dense_layers * ffn == published
+
+
+def test_projector_counts_and_token_counts(moe_llava):
+    assert stage_of(moe_llava["phi2"], "align")["parameters"]["trainable"] == 9_180_160
+    assert stage_of(moe_llava["stablelm"], "align")["parameters"]["trainable"] == 6_295_552
+    llava = plan(load_recipe("recipes/llava_1_5/7b.yaml"), MEDIA)
+    assert stage_of(llava, "align")["parameters"]["trainable"] == 20_979_712
+    assert stage_of(llava, "instruct")["parameters"]["language_model"]["total"] == 6_738_415_616
+    assert stage_of(llava, "instruct")["visual_tokens"] == {"640x480": 576, "64f@1280x720": 64 * 576}
+
+
+def test_chat_univi_token_counts():
+    media = ["640x480", "1f@9x9", "2f@9x9", "3f@9x9", "16f@9x9", "17f@9x9", "48f@9x9", "64f@9x9", "500f@9x9"]
+    recipe = load_recipe("recipes/chat_univi/7b.yaml")
+    for image_path in ("openai/clip-vit-large-patch14", "openai/clip-vit-large-patch14-336"):
+        recipe.model.vision.path = image_path
+        tokens = stage_of(plan(recipe, media), "instruct")["visual_tokens"]
+        assert list(tokens.values()) == [112, 112, 224, 112, 112, 224, 336, 448, 448]
+
+
+# -- shipped recipes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_shipped_recipe_loads_and_plans(path, tmp_path):
+    first = path.read_text().splitlines()[0]
+    assert first.startswith(f"# sparsevlm train {path.relative_to(ROOT)}"), "the first line is the command to run"
+    recipe = load_recipe(path.relative_to(ROOT))
+    parts = (recipe.model.vision.path, recipe.model.language.path)
+    if any(part.startswith("data/") and not Path(part).exists() for part in parts):
+        pytest.skip("its parts are prepared by a tool first")
+    document = plan(recipe, MEDIA)
+    assert [stage["name"] for stage in document["stages"]] == list(recipe.stages)
+    assert json.loads(json.dumps(document)) == document
+    dumped = tmp_path / "recipe.yaml"
+    dumped.write_text(dump_recipe(recipe))
+    assert load_recipe(dumped) == recipe
+
+
+# -- tiny models ------------------------------------------------------------------------------------------------------
+
+
+def recipe_of(tiny_parts, **changes) -> Recipe:
+    model = tiny.recipe_model(tiny_parts, **changes.pop("model", {})).model_dump()
+    stage = {"data": ["a"], "steps": 3, "batch": {"rows": 4, "rows_per_rank": 2, "max_length": 64, "packing": False}}
+    return Recipe.model_validate(
+        {
+            "name": "tiny",
+            "model": model,
+            "data": {"a": {"path": "sparsevlm:scenes", "format": "scenes"}},
+            "stages": {
+                "align": {**stage, "trains": ["connector"]},
+                "instruct": {**stage, "trains": ["connector", "language"], "optim": {"part_lr": {"language": 1e-5}}},
+                "moe": {**stage, "trains": ["moe"], "upcycle": {}},
+            },
+            **changes,
+        }
+    )
+
+
+def test_counts_are_those_of_the_model_that_is_built(tiny_parts):
+    from sparsevlm.model.build import build_model
+    from sparsevlm.moe.upcycle import upcycle_model
+
+    recipe = recipe_of(tiny_parts)
+    document = plan(recipe, ["40x30", "7f@40x30"])
+    model, processor = build_model(recipe.model)
+
+    def total():
+        return sum(weight.numel() for weight in model.parameters())
+
+    assert stage_of(document, "align")["parameters"]["total"] == total()
+    assert stage_of(document, "align")["parameters"]["trainable"] == sum(
+        weight.numel() for weight in model.model.connector.parameters()
+    )
+    upcycle_model(model, recipe.stages["moe"].upcycle)
+    assert stage_of(document, "moe")["parameters"]["total"] == total()
+    experts = sum(w.numel() for n, w in model.named_parameters() if ".experts." in n)
+    assert stage_of(document, "moe")["parameters"]["activated"] == total() - experts // 2
+    assert stage_of(document, "moe")["visual_tokens"] == {
+        "40x30": processor.count_visual(MediaKind.IMAGE),
+        "7f@40x30": processor.count_visual(MediaKind.VIDEO, 7),
+    }
+    assert stage_of(document, "instruct")["lr"] == {"connector": 1e-4, "language": 1e-5, "embeddings": 1e-5}
+    assert stage_of(document, "instruct")["tokens_per_step"] == 4 * 64
+
+
+def built(recipe: Recipe, trains: list[str]):
+    from sparsevlm.model.build import build_model
+    from sparsevlm.train.parts import select_trainable
+
+    model, _ = build_model(recipe.model)
+    select_trainable(model, trains)
+    return model
+
+
+@pytest.mark.parametrize("trains", [["connector"], ["connector", "language"], ["vision", "connector", "language"]])
+def test_flops_are_those_that_torch_counts(tiny_parts, trains):
+    """One picture a row, no MoE: the formula against torch's counter over a real forward and backward pass."""
+    recipe = recipe_of(tiny_parts, model={"vision": {"layer": -1}})
+    recipe.stages = {"s": recipe.stages["align"].model_copy(update={"trains": trains})}
+    model = built(recipe, trains).train()
+    model.set_attn_implementation("eager")  # torch has no formula for its fused kernel on the CPU
+    rows, length, width = 4, 64, 32
+    ids = torch.full((rows, length), 10)
+    ids[:, :16] = model.config.image_token_id
+    batch = {
+        "input_ids": ids,
+        "labels": ids.clone(),
+        "pixel_values": torch.randn(rows, 3, 32, 32),
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * rows),
+    }
+    with FlopCounterMode(display=False) as counter:
+        model(**batch, use_cache=False).loss.backward()
+    estimate = plan(recipe, ["32x32"])["stages"][0]["flops_per_step"]
+    # Where the formula knowingly differs: eager attention computes the masked half of the scores too, the head is not
+    # run at the last position, and pixels get no gradient.
+    masked = 3 * 2 * rows * length * length * width * 2
+    head = (2 + ("language" in trains)) * 2 * rows * width * model.lm_head.weight.shape[0]
+    pixels = ("vision" in trains) * 2 * rows * 16 * (3 * 8 * 8) * width
+    assert estimate + masked - head - pixels == counter.get_total_flops()
+
+
+def test_experts_cost_top_k_times(tiny_parts):
+    recipe = recipe_of(tiny_parts)
+    recipe.stages["moe"].trains = ["connector", "moe"]
+    document = plan(recipe)
+    model = built(recipe, ["connector"])
+    _, language = matrices(model)
+    assert (
+        sum(m.inputs * m.outputs for m in language)
+        == sum(
+            w.numel() for n, w in model.named_parameters() if w.ndim == 2 and "language_model" in n and "embed" not in n
+        )
+        + model.lm_head.weight.numel()
+    )
+    ffn, hidden, tokens = 3 * 32 * 48, 32, 4 * 64
+    more = stage_of(document, "moe")["flops_per_step"] - stage_of(document, "align")["flops_per_step"]
+    # one of two layers: a second expert forward and for its input's gradient, both experts' own gradients, the router
+    assert more == 2 * tokens * (ffn * (4 - 2) + 2 * ffn + 3 * 4 * hidden)
+
+
+def test_nothing_flows_back_below_what_trains(tiny_parts):
+    recipe = recipe_of(tiny_parts)
+    recipe.stages["moe"].upcycle.layers = [1]
+    flops = {}
+    for trains in (["moe"], ["connector", "moe"]):
+        recipe.stages["moe"].trains = trains
+        flops[len(trains)] = stage_of(plan(recipe, ["32x32"]), "moe")["flops_per_step"]
+    rows, tokens, width = 4, 4 * 64, 32
+    connector = rows * 16 * 3 * width * width  # own gradients of two matrices, the input's of the second
+    layer = tokens * (
+        2 * width * width + 2 * width * width // 2 + 3 * width * 48
+    )  # q, o; k, v with half the heads; FFN
+    attention_projections = tokens * (2 * width * width + 2 * width * width // 2)  # of the layer with the experts
+    router, scores = 4 * tokens * width, 2 * tokens * 64 * width
+    assert flops[2] - flops[1] == 2 * (connector + layer + attention_projections + router + 2 * scores)
+
+
+def test_tower_counts_of_clip():
+    """CLIP-L/14 at 336 px: 577 tokens, 24 layers of width 1024, and the patch embedding."""
+    from sparsevlm.model.configuration_sparsevlm import SparseVLMConfig
+    from sparsevlm.model.modeling_sparsevlm import SparseVLMForConditionalGeneration
+
+    tower = backbone_config("openai/clip-vit-large-patch14-336")
+    config = SparseVLMConfig(vision_config=tower, text_config=tiny.text_config())
+    with torch.device("meta"):
+        measured = measure_tower(SparseVLMForConditionalGeneration(config), 336)
+    matrix = 24 * 577 * (4 * 1024**2 + 2 * 1024 * 4096) + 576 * 3 * 14 * 14 * 1024
+    attention = 24 * 2 * 577**2 * 1024
+    assert measured.flops == 2 * (matrix + attention)
+    assert measured.activations == pytest.approx(24 * 577 * (4 * 2 + 2 * 5) * 1024, rel=0.03)
+    assert measured.checkpointed < measured.activations / 10
+
+
+def test_activations_agree_with_the_literature():
+    """Korthikanti et al. (arXiv:2205.05198): 34 s b h bytes a layer in 16 bits without attention scores, GPT shape."""
+    document = plan(load_recipe("recipes/moe_llava/phi2.yaml", ["stages.instruct.gradient_checkpointing=false"]))
+    memory = stage_of(document, "instruct")["memory"]
+    assert memory["activations"] == pytest.approx(34 * (8 * 2048) * 2560 * 32, rel=0.1)
+
+
+def test_memory_of_weights_and_states(tiny_parts):
+    recipe = recipe_of(tiny_parts)
+    stage = stage_of(plan(recipe), "instruct")
+    parameters, memory = stage["parameters"], stage["memory"]
+    assert memory["weights"] == 4 * parameters["total"]
+    assert memory["gradients"] == 4 * parameters["trainable"]
+    assert memory["optimizer"] == 8 * parameters["trainable"]
+    assert stage["memory_per_rank_bytes"] == sum(memory.values()) and memory["host"] == 0
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_sharding_divides_what_it_shards(tiny_parts, zero):
+    recipe = recipe_of(tiny_parts, sharding={"zero": zero})
+    memory = stage_of(plan(recipe, world=2), "instruct")["memory"]
+    alone = stage_of(plan(recipe), "instruct")["memory"]
+    assert memory["weights"] == alone["weights"] // (2 if zero == 3 else 1)
+    assert memory["gradients"] == alone["gradients"] // (2 if zero >= 2 else 1)
+    assert memory["optimizer"] == alone["optimizer"] * 12 // 8 // 2 if zero else alone["optimizer"]
+    assert memory["activations"] == alone["activations"]
+
+
+def test_offload_moves_to_the_host_and_bf16_halves(tiny_parts):
+    recipe = recipe_of(tiny_parts, sharding={"zero": 3, "offload": "all"})
+    stage = stage_of(plan(recipe), "instruct")
+    assert stage["memory"]["optimizer"] == stage["memory"]["weights"] == 0
+    assert stage["memory"]["host"] == (4 * stage["parameters"]["total"] + 12 * stage["parameters"]["trainable"])
+    assert stage["memory_per_rank_bytes"] == sum(stage["memory"].values()) - stage["memory"]["host"]
+
+    full = stage_of(plan(recipe_of(tiny_parts)), "instruct")["memory"]
+    half = stage_of(plan(recipe_of(tiny_parts, model={"dtype": "bfloat16"})), "instruct")["memory"]
+    assert {what: full[what] for what in ("weights", "optimizer", "activations")} == {
+        what: 2 * half[what] for what in ("weights", "optimizer", "activations")
+    }
+
+
+def test_checkpointing_trades_memory_for_arithmetic(tiny_parts):
+    recipe = recipe_of(tiny_parts)
+    before = stage_of(plan(recipe), "instruct")
+    recipe.stages["instruct"].gradient_checkpointing = True
+    after = stage_of(plan(recipe), "instruct")
+    assert after["memory"]["activations"] < before["memory"]["activations"]
+    assert after["flops_per_step"] > before["flops_per_step"]
+
+
+# -- faults that need the model ---------------------------------------------------------------------------------------
+
+
+def write_recipe(directory: Path, tiny_parts, edit: tuple[str, str] = ("", "")) -> Path:
+    text = f"""\
+name: tiny
+model:
+  vision:
+    path: {tiny_parts["vision"]}
+    layer: -2
+  language: {{path: {tiny_parts["language"]}}}
+  connector:
+    - {{type: mlp}}
+data:
+  a: {{path: "sparsevlm:scenes", format: scenes}}
+stages:
+  align:
+    trains: [connector]
+    data: [a]
+    steps: 3
+    batch: {{max_length: 128}}
+  moe:
+    trains: [moe]
+    data: [a]
+    upcycle: {{layers: [0]}}
+    steps: 3
+"""
+    path = directory / "x.yaml"
+    path.write_text(text.replace(*edit) if edit[0] else text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("edit", "fault"),
+    [
+        (("layer: -2", "layer: 7"), "5:12: model.vision.layer: "),
+        (("layer: -2", "image_size: 36"), "5:17: model.vision.image_size: 36 pixels are not a multiple of the patch"),
+        (("- {type: mlp}", "- {type: mlp, dim: 24}"), "8:7: model.connector.0: the connector ends at width 24"),
+        (("- {type: mlp}", "- {type: pixel_shuffle, factor: 3}\n    - {type: mlp}"), "8:7: model.connector.0: "),
+        (("- {type: mlp}", "- {type: mlp}\n    - {type: pixel_shuffle}"), "9:7: model.connector.1: "),
+        (("layers: [0]", "layers: [0, 9]"), "20:23: stages.moe.upcycle.layers: "),
+        (("max_length: 128", "max_length: 16"), "16:25: stages.align.batch.max_length: a picture alone takes 16"),
+        (("max_length: 128", "max_visual_tokens: 9"), "16:32: stages.align.batch.max_visual_tokens: a picture"),
+        (("  language: {path", "  language: {chat_template: gone, path"), "6:29: model.language.chat_template: "),
+    ],
+)  # fmt: skip
+def test_faults_that_need_the_model_point_at_their_line(tmp_path, monkeypatch, tiny_parts, edit, fault):
+    path = write_recipe(tmp_path, tiny_parts, edit)
+    monkeypatch.chdir(tmp_path)
+    assert edit[1] in path.read_text()
+    with pytest.raises(RecipeError) as caught:
+        plan(load_recipe(path.name))
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"x.yaml:{fault}"), lines
+
+
+def test_unknown_parts_are_both_named_without_a_network(tmp_path, monkeypatch, tiny_parts):
+    path = write_recipe(tmp_path, {"vision": "openai/clip-vit-large-patch14-335", "language": "sparsevlm:nothing"})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError) as caught:
+        plan(load_recipe(path.name))
+    first, second = str(caught.value).splitlines()
+    assert first.startswith("x.yaml:4:11: model.vision.path: ")
+    assert "did you mean 'openai/clip-vit-large-patch14-336'?" in first
+    assert second.startswith("x.yaml:6:20: model.language.path: ")
+
+
+def test_rows_must_divide_over_the_ranks(tmp_path, tiny_parts):
+    recipe = load_recipe(write_recipe(tmp_path, tiny_parts))
+    plan(recipe, world=4)
+    with pytest.raises(RecipeError, match=r"stages\.align\.batch\.rows: 8 rows cannot be divided over 3 x 1 rows"):
+        plan(recipe, world=3)
+
+
+@pytest.mark.parametrize(
+    "text", ["640", "640x", "x480", "0x480", "640x480f", "f@640x480", "0f@640x480", "", "640 x 480"]
+)
+def test_media_that_cannot_be_read(text):
+    with pytest.raises(ValueError, match="expected WIDTHxHEIGHT"):
+        parse_medium(text)
+
+
+def test_media_that_can_be_read():
+    picture, clip = parse_medium("640x480"), parse_medium(" 64f@1280x720 ")
+    assert (picture.kind, picture.frames, picture.size) == (MediaKind.IMAGE, 1, (640, 480))
+    assert (clip.kind, clip.frames, clip.size, clip.name) == (MediaKind.VIDEO, 64, (1280, 720), "64f@1280x720")
+
+
+def test_the_table_shows_every_stage(tiny_parts):
+    stream = io.StringIO()
+    document = plan(recipe_of(tiny_parts), ["40x30"])
+    print_plan(document | {"notes": ["[x] not there"]}, Console(file=stream, width=120))
+    text = stream.getvalue()
+    for words in ("align", "instruct", "moe", "connector at 0.0001", "visual tokens, 40x30", "note: [x] not there"):
+        assert words in text
