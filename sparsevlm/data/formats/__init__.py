@@ -11,8 +11,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sparsevlm.data.rows import RowContext, open_rows
+from sparsevlm.data.rows import RowContext, RowStream
 from sparsevlm.data.sample import Sample
+from sparsevlm.data.sources import open_rows
 from sparsevlm.recipe.schema import Source
 from sparsevlm.registry import suggest
 
@@ -40,12 +41,12 @@ class DataFormat:
             raise ValueError(f"{type(self).__name__}: unknown option {faults} (known: {known})")
         self.options: dict[str, Any] = {**self.defaults, **options}
 
-    def rows(self, source: Source, base_dir: Path | None = None) -> Sequence[Any] | Iterable[Any]:
+    def rows(self, source: Source, base_dir: Path | None = None) -> Sequence[Any] | Iterable[Any] | RowStream:
         """Return the records of a source, before they are understood.
 
         The base class reads JSON, JSONL, parquet, folders of pictures and Hugging Face data sets (see
-        `sparsevlm.data.rows`). An override may return any sequence (``range(1000)`` for generated records): one with a
-        length is shuffled and planned ahead, one without is read as a stream. `limit` is applied by the caller.
+        `sparsevlm.data.sources`). An override may return any sequence (``range(1000)`` for generated records): one with
+        a length is shuffled and planned ahead, one without is read as a stream. `limit` is applied by the caller.
 
         Args:
             source: The source as the recipe gives it.
