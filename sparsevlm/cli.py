@@ -64,6 +64,13 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+_REMARKS = {
+    "DeepSpeed": "Setting accelerator to CPU",  # on standard output, where JSON and replies go
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",  # an optional kernel, at every import
+}
+"""Remarks of libraries about nothing that a user can or need change, by logger."""
+
+
 def _quiet_libraries() -> None:
     """Keep libraries to warnings; whoever set these variables gets what they asked for."""
     quiet = {
@@ -76,8 +83,9 @@ def _quiet_libraries() -> None:
         quiet["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers' bars obey it too; in a file they are litter
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
-    # DeepSpeed says so on standard output, where JSON and replies go; its logger keeps a filter set before its import.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in str(record.msg))
+    # A logger keeps a filter that was set before its library is imported.
+    for name, remark in _REMARKS.items():
+        logging.getLogger(name).addFilter(lambda record, remark=remark: remark not in str(record.msg))
 
 
 def _how_to_continue(command: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -243,3 +244,25 @@ def test_chat_one_shot(saved_run: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_chat_faults(saved_run: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("chat", *(argument.replace("RUN", str(saved_run)) for argument in arguments)) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("logger", "remark"),
+    [
+        ("DeepSpeed", "Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it."),
+        ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward from kernels-community: %s"),
+    ],
+)
+def test_remarks_of_libraries_are_dropped_and_warnings_kept(
+    logger: str, remark: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    run("plan", "nowhere.yaml")  # sets the filters
+    log = logging.getLogger(logger)
+    log.addHandler(caplog.handler)
+    try:
+        log.warning(remark, "x") if "%s" in remark else log.warning(remark)
+        log.warning("something else")
+    finally:
+        log.removeHandler(caplog.handler)
+    assert [record.message for record in caplog.records if record.name == logger][-1:] == ["something else"]
+    assert not any(remark[:20] in record.message for record in caplog.records)
