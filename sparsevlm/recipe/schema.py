@@ -60,10 +60,16 @@ class Source(Strict):
         except UnknownNameError as error:
             yield ("format",), str(error)
             return
-        try:
-            form(**view(raw.get("options")))
-        except (ValueError, TypeError) as error:
-            yield ("options",), str(error)
+        options = view(raw.get("options"))
+        unknown = [name for name in options if name not in form.defaults]
+        for name in unknown:
+            known = ", ".join(form.defaults) or "none"
+            yield ("options", name, KEY), f"unknown option{suggest(name, list(form.defaults)) or f' (known: {known})'}"
+        if not unknown:
+            try:
+                form(**options)
+            except ValueError as error:
+                yield ("options",), str(error)
 
 
 class Mixture(Strict):

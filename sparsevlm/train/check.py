@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -195,15 +196,24 @@ class ModelCheck:
             raise RecipeError(self.faults)
         return h, w
 
-    def data(self) -> None:
-        """Note what is not there yet; a plan is often made before the data."""
-        for name, source in self.recipe.data.items():
+    def surroundings(self) -> None:
+        """Note what is not here: a plan is often made before the data, and on another machine than the run."""
+        sources = [(f"data.{name}", source) for name, source in self.recipe.data.items()]
+        for name, source in [*sources, *((f"evals.{name}", spec) for name, spec in self.recipe.evals.items())]:
             paths = [source.path] if isinstance(source.path, str) else source.path
             files = [path for path in paths if Path(path).suffix in (".json", ".jsonl", ".parquet")]
             missing = [path for path in files if not Path(path).exists()]
             if missing:
                 others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-                self.notes.append(f"data.{name}: {missing[0]}{others} not there yet")
+                self.notes.append(f"{name}: {missing[0]}{others} not there yet")
+        needed: dict[str, str] = {tracker: f"report_to: {tracker}" for tracker in self.recipe.report_to}
+        if any(self.recipe.sharding_of(stage).zero for stage in self.recipe.stages.values()):
+            needed["deepspeed"] = "sharding"
+        if self.recipe.model.language.attention.startswith("flash_attention"):
+            needed["flash_attn"] = f"attention: {self.recipe.model.language.attention}"
+        for package, option in needed.items():
+            if find_spec(package) is None:
+                self.notes.append(f"'{option}' needs {package}, which is not installed here")
 
     def edit(self, model: Any, name: str, stage: Stage) -> bool:
         """Apply a stage's edits to the model and choose what trains; tell whether that worked."""

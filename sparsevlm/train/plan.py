@@ -45,7 +45,7 @@ def plan(recipe: Recipe, media: Sequence[str] = (), *, world: int = 1) -> dict[s
     check = ModelCheck(recipe)
     config = check.config()
     grid = check.grid(config)
-    check.data()
+    check.surroundings()
     with torch.device("meta"):
         model = SparseVLMForConditionalGeneration(config)
     tower = measure_tower(model, check.image_size(config))

@@ -1,60 +1,12 @@
-"""The loader: places of faults, inheritance, overrides, YAML 1.2, and the way back to YAML."""
+"""The loader: places of faults, inheritance and YAML 1.2."""
 
 import re
 from pathlib import Path
-from textwrap import dedent
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from sparsevlm.recipe.load import RecipeError, dump_recipe, load_recipe
-from sparsevlm.recipe.schema import Recipe
-
-GOOD = """\
-name: tiny
-model:
-  vision: {path: tower}
-  language: {path: talker}
-  connector:
-    - type: linear
-    - type: mlp
-      depth: 2
-data:
-  words: {path: words.json, format: llava}
-  clips: {path: clips.json, format: llava}
-stages:
-  align:
-    trains: [connector]
-    data: [words]
-    steps: 10
-    optim: {lr: 1e-3}
-  moe:
-    trains: [moe, connector]
-    data: [words, clips]
-    steps: 20
-    upcycle: {experts: 4}
-"""
-
-
-@pytest.fixture
-def write(tmp_path, monkeypatch):
-    """Write a recipe below the working directory and return its relative path."""
-    monkeypatch.chdir(tmp_path)
-
-    def write(text: str, name: str = "x.yaml") -> Path:
-        path = Path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(dedent(text), encoding="utf-8")
-        return path
-
-    return write
-
-
-def faults(path: Path, *overrides: str) -> list[str]:
-    with pytest.raises(RecipeError) as caught:
-        load_recipe(path, overrides)
-    return str(caught.value).splitlines()
+from sparsevlm.recipe.load import load_recipe
+from tests.recipe.example import GOOD, faults
 
 
 def test_a_recipe_loads(write):
@@ -183,6 +135,18 @@ def test_faults_inside_the_member_of_a_union_that_the_value_has_the_shape_of(wri
         (("    steps: 20", "    steps: 20\n    mixture: {caps: {word: 3}}"), "22:22: stages.moe.mixture.caps.word: "),
         (("    steps: 20", "    steps: 20\n    mixture: {temperature: 2}"), "22:28: stages.moe.mixture.temperature: "),
         (("    steps: 20", "    steps: 20\n    evals: [gone]"), "22:13: stages.moe.evals.0: "),
+        (
+            ("words.json, format: llava", "w.json, format: llava, options: {imgae: x}"),
+            "10:50: data.words.options.imgae: unknown option, did you mean 'image'?",
+        ),
+        (
+            ("words.json, format: llava", "w.json, format: scenes, options: {n: 0}"),
+            "10:41: data.words.options: scenes: n must",
+        ),
+        (
+            ("words.json, format: llava", "w.json, format: lava"),
+            "10:33: data.words.format: unknown data format 'lava', did you mean 'llava'?",
+        ),
         (("  moe:", "  m.oe:"), "18:3: stages.m.oe: "),
         (("name: tiny", "name: ../tiny"), "1:7: name: "),
         (("  clips: {", "  clips: {streaming: true, "), "22:5: stages.moe.epochs: "),
@@ -309,117 +273,3 @@ def test_bases_that_cannot_be(write):
     assert "x.yaml:1:7: base: expected the path of a recipe, got a list" in faults(write("base: [a.yaml]\n"))
     write("name: [x\n", "broken.yaml")
     assert faults(write("base: broken.yaml\n"))[0].startswith("broken.yaml:2:1: broken YAML")
-
-
-# -- overrides --------------------------------------------------------------------------------------------------------
-
-
-def test_overrides_are_yaml_values_at_dotted_paths(write):
-    recipe = load_recipe(
-        write(GOOD),
-        [
-            "stages.moe.optim.lr=1e-5",
-            "model.connector.1.depth=3",
-            "stages.align.data=[words, clips]",
-            "output=out=put",
-            "data.more={path: m.json, format: llava}",
-            "model.vision.layer=-2",
-            "stages.moe.upcycle.layers=[0, 2]",
-        ],
-    )
-    assert recipe.stages["moe"].optim.lr == 1e-5
-    assert recipe.model.connector[1]["depth"] == 3
-    assert recipe.stages["align"].data == ["words", "clips"]
-    assert recipe.output == "out=put"
-    assert "more" in recipe.data
-    assert recipe.model.vision.layer == -2
-    assert recipe.stages["moe"].upcycle.layers == [0, 2]
-
-
-def test_an_override_replaces_and_null_removes(write):
-    path = write(GOOD)
-    assert load_recipe(path, ["stages.align.optim={warmup: 2}"]).stages["align"].optim.lr == 1e-4
-    assert list(load_recipe(path, ["stages.moe=null"]).stages) == ["align"]
-    assert load_recipe(path, ["model.connector.1.depth=null"]).model.connector[1] == {"type": "mlp"}
-    assert load_recipe(path, ["model.video.fps=null"]).model.video.fps is None
-
-
-@pytest.mark.parametrize(
-    ("override", "fault"),
-    [
-        ("stages.moe.optm.lr=1", "override stages.moe.optm.lr: stages.moe.optm: unknown option, did you mean 'optim'?"),
-        (
-            "stages.meo.optim.lr=1",
-            "override stages.meo.optim.lr: no 'meo' in stages, did you mean 'moe'? (there: align, moe)",
-        ),
-        (
-            "stages.moe.optim.lr=quick",
-            "override stages.moe.optim.lr: stages.moe.optim.lr: expected a number, got 'quick'",
-        ),
-        (
-            "model.connector.1.depht=3",
-            "override model.connector.1.depht: model.connector.1.depht: unknown option, did you mean 'depth'?",
-        ),
-        (
-            "model.connector.2.depth=3",
-            "override model.connector.2.depth: model.connector is a list of 2, it has no item 2",
-        ),
-        ("name.first=x", "override name.first: name is 'tiny', it has no option 'first'"),
-        ("stages.moe.steps=[1", "override stages.moe.steps: broken YAML"),
-        ("steps", "override steps: expected dotted.path=value"),
-        ("stages..moe=1", "override stages..moe: expected dotted.path=value"),
-        ("base=x.yaml", "override base: a base cannot be chosen by an override"),
-        ("report_to.0=tensorboard", "override report_to.0: report_to is not in the recipe, so it has no item 0"),
-    ],
-)
-def test_override_faults_name_the_override(write, override, fault):
-    found = faults(write(GOOD), override)
-    assert len(found) == 1 and found[0].startswith(fault), found
-
-
-def test_faults_of_files_and_overrides_come_together(write):
-    found = faults(write(GOOD.replace("seed", "sead") + "sead: 1\n"), "stages.meo.optim.lr=1", "stages.moe.stps=1")
-    assert [line.split(": ")[0] for line in found] == [
-        "override stages.meo.optim.lr",
-        "override stages.moe.stps",
-        "x.yaml:23:1",
-    ]
-
-
-# -- and back ---------------------------------------------------------------------------------------------------------
-
-
-def test_dump_loads_back_equal(write):
-    recipe = load_recipe(write(GOOD), ["model.vision.mean=[0.5, 0.25, 1e-3]", "data.words.license='1e-4'"])
-    again = load_recipe(write(dump_recipe(recipe), "again.yaml"))
-    assert again == recipe
-    assert list(again.stages) == list(recipe.stages)
-
-
-_text = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs", "Cn", "Co")), max_size=12)
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    path=_text,
-    split=st.sampled_from(
-        ["yes", "null", "1e-4", "0x1F", "2026-01-01", "~", "- a", "a: b", "#x", "'", '"', " ", "\n", "<<"]
-    ),
-    lr=st.floats(min_value=1e-30, max_value=1e30),
-    columns=st.fixed_dictionaries({"id": _text}),
-)
-def test_dump_loads_back_equal_whatever_the_values(tmp_path_factory, path, split, lr, columns):
-    recipe = Recipe.model_validate(
-        {
-            "name": "x",
-            "model": {"vision": {"path": path}, "language": {"path": split}},
-            "data": {"a": {"path": [path, split], "format": "llava", "split": split}},
-            "stages": {"s": {"trains": ["connector"], "data": ["a"], "epochs": 0.5, "optim": {"lr": lr}}},
-            "evals": {
-                "e": {"task": "vqa", "path": path, "options": {"prompt": split + "{question}", "columns": columns}}
-            },
-        }
-    )
-    file = tmp_path_factory.mktemp("dump") / "r.yaml"
-    file.write_text(dump_recipe(recipe), encoding="utf-8")
-    assert load_recipe(file) == recipe
