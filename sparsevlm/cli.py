@@ -58,7 +58,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
                 import traceback
 
                 traceback.print_exc()
-            typer.echo(f"error: {error}", err=True)
+            # The faults of a recipe are lines `file:line:column: …` each, which editors and terminals turn into links.
+            typer.echo(str(error) if hasattr(error, "faults") else f"error: {error}", err=True)
             raise typer.Exit(EXIT_USER if isinstance(error, ValueError) else EXIT_FAULT) from None
 
     return run
