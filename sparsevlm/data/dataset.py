@@ -64,8 +64,11 @@ class StageData(Dataset[Row]):
         self.skips = SkipLog(skipped_path, stage.batch.max_skipped_share)
         self.sources = {name: OpenSource(name, sources[name], base_dir) for name in stage.data}
         self._names = list(self.sources)
-        streams = [name for name, source in self.sources.items() if source.streams]
-        assert not streams, f"{streams} are streams"
+        for name, source in self.sources.items():
+            if source.streams:
+                raise ValueError(
+                    f"data.{name}: rows of format {source.source.format!r} cannot be counted; set 'streaming: true'"
+                )
         self._lengths = Lengths(self.sources, measure, stage.batch, packed, self.skips)
         rows = list(self._plan())
         flat = [draw for row in rows for draw in row]

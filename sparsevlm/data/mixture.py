@@ -78,16 +78,28 @@ def draws(sizes: Mapping[str, int], weights: Mapping[str, float] | None, mixture
             epoch += 1
     used = capped(sizes, mixture)
     share = shares(used, weights, mixture)
-    names = [name for name in sizes if share[name] > 0]
-    number = {name: i for i, name in enumerate(sizes)}
+    rows = {name: _endless(sizes[name], used[name], [seed, 1, number]) for number, name in enumerate(sizes)}
+    for name in turns(share, seed):
+        yield name, next(rows[name])
+
+
+def turns(share: Mapping[str, float], seed: int) -> Iterator[str]:
+    """Yield the source of each draw without end.
+
+    Each source is due at its own random offset plus multiples of 1 / share; the one due first goes next.
+
+    Args:
+        share: Share of each source; one of 0 gets no turn.
+        seed: Seed of the offsets.
+    """
+    names = [name for name in share if share[name] > 0]
+    number = {name: i for i, name in enumerate(share)}
     rng = np.random.default_rng([seed, 3])
-    # Each source is due at its own random offset plus multiples of 1 / share; the one due first goes next.
     due = {name: float(rng.random()) / share[name] for name in names}
-    rows = {name: _endless(sizes[name], used[name], [seed, 1, number[name]]) for name in names}
     while True:
         name = min(names, key=lambda n: (due[n], number[n]))
         due[name] += 1 / share[name]
-        yield name, next(rows[name])
+        yield name
 
 
 def _endless(size: int, count: int, seed: list[int]) -> Iterator[int]:

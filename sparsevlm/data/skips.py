@@ -66,27 +66,6 @@ class Row(list[Encoded]):
         return Row, (list(self), self.read, self.skipped)
 
 
-@dataclass(frozen=True)
-class Records:
-    """What became of the records of a batch; small enough to travel with it from a worker to the main process.
-
-    Attributes:
-        read: Records that were read, skipped ones included.
-        skipped: Those of them that could not be used.
-    """
-
-    read: tuple[Key, ...] = ()
-    skipped: tuple[Skip, ...] = ()
-
-    @classmethod
-    def of(cls, rows: Iterable[Sequence[Encoded]]) -> Records:
-        """Return the records of rows; plain lists of samples have none."""
-        counted = [row for row in rows if isinstance(row, Row)]
-        return cls(
-            tuple(key for row in counted for key in row.read), tuple(skip for row in counted for skip in row.skipped)
-        )
-
-
 @dataclass
 class _Count:
     read: set[Key] = field(default_factory=set)
@@ -138,13 +117,14 @@ class SkipLog:
             self._write(new)
         self._check(count)
 
-    def note_batch(self, records: Records) -> None:
-        """Count the records of a batch that is about to be trained on.
+    def note_rows(self, rows: Iterable[Row]) -> None:
+        """Count the records of rows that are about to be trained on; their samples are not needed.
 
         Raises:
             TooManySkippedError: As `note`.
         """
-        self.note(records.read, records.skipped)
+        for row in rows:
+            self.note(row.read, row.skipped)
 
     def summary(self) -> str:
         """Return one line: how many records were skipped and why, the most frequent reasons first."""

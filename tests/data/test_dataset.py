@@ -13,7 +13,7 @@ from sparsevlm.data import dataset as dataset_module
 from sparsevlm.data import measuring
 from sparsevlm.data.collate import Collator
 from sparsevlm.data.dataset import StageData
-from sparsevlm.data.skips import Records, Row, TooManySkippedError
+from sparsevlm.data.skips import Row, TooManySkippedError
 from sparsevlm.recipe.schema import Source
 from tests.data.fakes import encode, measure, stage, text_row, write_texts
 from tests.data.media_files import encoded, picture, write_video
@@ -262,7 +262,7 @@ def test_every_broken_record_is_named_and_all_others_are_trained_on_once(packed,
         seen: Counter[str] = Counter()
         for rows in DataLoader(data, batch_size=2, num_workers=workers, collate_fn=list):
             assert all(isinstance(row, Row) for row in rows)
-            data.skips.note_batch(Records.of(rows))
+            data.skips.note_rows(rows)
             seen.update(counts(rows))
         assert seen == {f"a/good{i}": 2 for i in range(60)}, epoch
         records = [json.loads(line) for line in path.read_text().splitlines()]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sparsevlm.data.sample import Encoded
-from sparsevlm.data.skips import CHECK_FROM, Records, Row, Skip, SkipLog, TooManySkippedError
+from sparsevlm.data.skips import CHECK_FROM, Row, Skip, SkipLog, TooManySkippedError
 
 
 def skip(i: int, reason: str = "truncated") -> Skip:
@@ -99,5 +99,5 @@ def test_rows_carry_what_was_read_and_skipped_through_pickling():
     assert isinstance(row, list) and len(row) == 1
     assert (row.read, row.skipped) == (keys(2), [skip(1)])
     log = SkipLog(None, 1.0)
-    log.note_batch(Records.of([row, [sample]]))
+    log.note_rows([row])
     assert list(log.skipped) == [skip(1).key]
