@@ -5,8 +5,8 @@ Pure functions on token counts; nothing here knows a sample.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Sequence
+from heapq import heappop, heappush
 
 import numpy as np
 
@@ -14,8 +14,9 @@ import numpy as np
 def pack(lengths: Sequence[tuple[int, int]], max_length: int, max_visual: int | None = None) -> list[list[int]]:
     """Pack samples into rows, best fit in decreasing order, under a budget of tokens and one of visual tokens.
 
-    Each sample goes to the fullest row that still takes it. Ties are broken by position, so the result is a function of
-    the arguments.
+    The sample that takes the largest share of either budget comes first. Each goes to the row with the fewest tokens
+    left that still takes it, of equal ones to that with most visual tokens left. The result is a function of the
+    arguments; n samples take O(n log n).
 
     Args:
         lengths: ``(tokens, visual tokens)`` of each sample.
@@ -35,27 +36,60 @@ def pack(lengths: Sequence[tuple[int, int]], max_length: int, max_visual: int | 
                 f"sample {index} has {tokens} tokens, {visual} of them visual; a row takes {max_length} and {limit}. "
                 "Raise batch.max_length or batch.max_visual_tokens"
             )
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i][0], -lengths[i][1], i))
     rows: list[list[int]] = []
-    visual_left: list[int] = []
-    free: list[tuple[int, int]] = []  # (tokens left, row) of every row with room, ascending: best fit is a bisection
-    for index in order:
+    open_rows = _OpenRows(max_length)
+    share = [max(tokens * limit, visual * max_length) for tokens, visual in lengths]  # of budgets, in whole numbers
+    for index in sorted(range(len(lengths)), key=lambda i: (-share[i], -lengths[i][0], i)):
         tokens, visual = lengths[index]
-        place = bisect_left(free, (tokens, -1))
-        while place < len(free) and visual_left[free[place][1]] < visual:
-            place += 1
-        if place == len(free):
-            row = len(rows)
+        tokens_left, visual_left, row = open_rows.take(tokens, visual) or (max_length, limit, len(rows))
+        if row == len(rows):
             rows.append([])
-            visual_left.append(limit)
-            left = max_length
-        else:
-            left, row = free.pop(place)
         rows[row].append(index)
-        visual_left[row] -= visual
-        if left > tokens:
-            insort(free, (left - tokens, row))
+        open_rows.put(tokens_left - tokens, visual_left - visual, row)
     return rows
+
+
+class _OpenRows:
+    """Rows by the tokens they have left; finds the fullest one that takes a sample in logarithmic time.
+
+    Rows with the same number of tokens left wait in a heap, the one with most visual tokens left on top. A tree over
+    these numbers holds in each node the most visual tokens left below it, so that the first number with enough of both
+    is found by climbing until a node has enough and descending to its leftmost leaf.
+    """
+
+    def __init__(self, max_length: int) -> None:
+        self._size = 1 << max_length.bit_length()  # more than max_length
+        self._most = [-1] * (2 * self._size)  # node n has children 2n and 2n + 1; leaves are from _size on
+        self._waiting: dict[int, list[tuple[int, int]]] = {}
+
+    def put(self, tokens_left: int, visual_left: int, row: int) -> None:
+        """Add a row."""
+        heappush(self._waiting.setdefault(tokens_left, []), (-visual_left, row))
+        node = tokens_left + self._size
+        while node and self._most[node] < visual_left:
+            self._most[node] = visual_left
+            node >>= 1
+
+    def take(self, tokens: int, visual: int) -> tuple[int, int, int] | None:
+        """Remove the fullest row that takes a sample; return what it has left, and its number."""
+        most, node = self._most, tokens + self._size
+        while most[node] < visual:
+            while node & 1:
+                node >>= 1
+            if node == 0:
+                return None
+            node += 1
+        while node < self._size:
+            node <<= 1
+            node += most[node] < visual
+        tokens_left = node - self._size
+        waiting = self._waiting[tokens_left]
+        negative, row = heappop(waiting)
+        most[node] = -waiting[0][0] if waiting else -1
+        while node > 1:
+            node >>= 1
+            most[node] = max(most[2 * node], most[2 * node + 1])
+        return tokens_left, -negative, row
 
 
 def group_by_length(lengths: Sequence[int], size: int, rng: np.random.Generator) -> list[int]:

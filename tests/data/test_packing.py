@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -47,6 +48,28 @@ def test_close_to_the_optimum(lengths: list[tuple[int, int]]) -> None:
     assert (
         best <= rows <= best + 1
     )  # best fit decreasing is within 11/9 of it for one budget; two cost at most one more
+
+
+def plain_best_fit(lengths: list[tuple[int, int]], tokens: int, visual: int) -> list[list[int]]:
+    """The same, looking at every row for every sample."""
+    rows: list[list[int]] = []
+    order = sorted(
+        range(len(lengths)),
+        key=lambda i: (-max(Fraction(lengths[i][0], tokens), Fraction(lengths[i][1], visual)), -lengths[i][0], i),
+    )
+    for i in order:
+        left = [(tokens - sum(lengths[j][0] for j in r), visual - sum(lengths[j][1] for j in r)) for r in rows]
+        fitting = [r for r, (t, v) in enumerate(left) if t >= lengths[i][0] and v >= lengths[i][1]]
+        if fitting:
+            rows[min(fitting, key=lambda r: (left[r][0], -left[r][1], r))].append(i)
+        else:
+            rows.append([i])
+    return rows
+
+
+@given(LENGTHS, st.sampled_from([20, 32, 64]), st.sampled_from([20, 32, 64]))
+def test_the_tree_finds_the_rows_that_a_scan_finds(lengths: list[tuple[int, int]], tokens: int, visual: int) -> None:
+    assert pack(lengths, tokens, visual) == plain_best_fit(lengths, tokens, visual)
 
 
 def test_each_sample_goes_to_the_fullest_row_that_takes_it() -> None:
