@@ -8,6 +8,7 @@ from typing import Any
 from torch.utils.data import Sampler
 
 from sparsevlm.data.sample import Encoded
+from sparsevlm.data.skips import Row
 from sparsevlm.recipe.schema import Batch
 
 
@@ -55,7 +56,10 @@ class StepSampler(Sampler[list[int]]):
 
 
 class BatchWithIds:
-    """Collates rows and keeps the ids of their samples under ``sample_ids`` (for messages about bad batches).
+    """Collates rows and keeps what the model does not take.
+
+    ``sample_ids`` are the samples' ids, for messages about bad batches; ``rows`` say which records were read and
+    skipped, to be counted in the main process.
 
     Args:
         collator: Rows to model inputs.
@@ -68,4 +72,5 @@ class BatchWithIds:
         """Return the batch."""
         batch = self.collator(rows)
         batch["sample_ids"] = [encoded.sample_id for row in rows for encoded in row]
+        batch["rows"] = [Row((), row.read, row.skipped) for row in rows if isinstance(row, Row)]
         return batch

@@ -94,7 +94,7 @@ def is_trained(name: str, trains: Iterable[str]) -> bool:
 
 def learning_rate(name: str, optim: Optim) -> float:
     """Return the peak learning rate of a parameter: that of its most specific part in `part_lr`, else `lr`."""
-    rates: dict[str, float] = dict(optim.part_lr)
+    rates: dict[str, float] = {str(part): rate for part, rate in optim.part_lr.items()}
     return next((rates[part] for part in parts_of(name) if part in rates), optim.lr)
 
 

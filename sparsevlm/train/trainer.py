@@ -10,44 +10,29 @@ import itertools
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 from trl import SFTConfig, SFTTrainer
 
-from sparsevlm.data.sample import IGNORE_INDEX
-from sparsevlm.moe.router import select_experts
+from sparsevlm.data.skips import SkipLog
 from sparsevlm.recipe.schema import Optim
 from sparsevlm.train import checkpoints
 from sparsevlm.train.loader import BatchWithIds, StepSampler
 from sparsevlm.train.parts import freeze_tower_state, parameter_groups
+from sparsevlm.train.window import TARGETS, Window, count_batch, expert_counts
 
 TRAINABLES = "trainables.safetensors"
 WINDOW = "window_{rank}.json"
 
-TARGETS, TOKENS, SLOTS, VISUAL, SAMPLES = range(5)
-"""Columns of the counts of a step: target tokens, real tokens, tokens with padding, visual tokens, samples."""
-
 
 class NonFiniteError(ValueError):
     """A loss or gradient is NaN or infinite; the weights were not updated."""
-
-
-@dataclass
-class _Window:
-    """What happened since the last log, on this rank (`counts`: on all ranks)."""
-
-    counts: Tensor
-    aux_loss: float | Tensor = 0.0
-    aux_batches: int = 0
-    expert_counts: Tensor | None = None
-    seconds: float = 0.0
 
 
 class _WindowCallback(TrainerCallback):
@@ -71,7 +56,7 @@ class VLMTrainer(SFTTrainer):
         model: A `SparseVLMForConditionalGeneration` with its trainable parts chosen (`parts.select_trainable`).
         args: From `arguments.training_arguments`.
         processor: The model's processor.
-        dataset: Map-style or iterable; item = row = list of `Encoded`.
+        dataset: Item i = row i = list of `Encoded` (`StageData`, `StageStream`).
         collator: Rows to model inputs.
         optim: Learning rates, decay.
         stage_dir: Where `bad_batch.json` goes.
@@ -109,10 +94,14 @@ class VLMTrainer(SFTTrainer):
         self.remove_callback(PrinterCallback)
         self.add_callback(_WindowCallback(self))
         self.train_dataset = dataset
+        self.vlm: Any = model  # never wrapped
+        self.skips: SkipLog | None = getattr(dataset, "skips", None)
         self.optim = optim
         self.stage_dir = Path(stage_dir)
         self.marker = marker or {}
         self.visual_ids = torch.tensor([model.config.image_token_id, model.config.video_token_id])
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.tower_frozen = not any(p.requires_grad for p in model.model.vision_tower.parameters())
         self.moe_layers: list[int] = list((model.config.moe or {}).get("layers", []))
         self.group_names: list[str] = []
         self._rates: list[float] = []
@@ -120,7 +109,7 @@ class VLMTrainer(SFTTrainer):
         self._ids: Iterator[list[str]] = iter(())
         self._step_ids: list[list[str]] = []
         self._batch_ids: list[str] = []
-        self._reset_window()
+        self._window = Window(self.args.device)
 
     def _send_telemetry(self) -> None:
         """Send nothing."""
@@ -143,8 +132,6 @@ class VLMTrainer(SFTTrainer):
             "generator": torch.Generator().manual_seed(self.args.seed),
         }
         dataset: Any = self.train_dataset
-        if isinstance(dataset, IterableDataset):
-            return DataLoader(dataset, batch_size=rows, **options)
         sampler = StepSampler(len(dataset), rows, self.args.process_index, self.args.world_size)
         return DataLoader(dataset, batch_sampler=sampler, **options)
 
@@ -155,27 +142,17 @@ class VLMTrainer(SFTTrainer):
         batches = list(itertools.islice(epoch_iterator, num_batches))
         self._step_ids = [batch.pop("sample_ids") for batch in batches]
         self._ids = iter(self._step_ids)
-        counts = torch.stack([self._count(batch) for batch in batches]).sum(0) if batches else torch.zeros(5)
-        counts[SAMPLES] = sum(map(len, self._step_ids))
-        counts = counts.to(device, torch.int64)
+        read = [row for batch in batches for row in batch.pop("rows")]
+        if self.skips is not None:
+            self.skips.note_rows(read)
+        counted = [
+            count_batch(batch, self.visual_ids, len(ids)) for batch, ids in zip(batches, self._step_ids, strict=True)
+        ]
+        counts = torch.stack(counted).sum(0).to(device)
         if self.args.world_size > 1:
             counts = self.accelerator.gather(counts[None]).sum(0)  # pyright: ignore
         self._window.counts += counts
         return batches, counts[TARGETS].clamp(min=1)
-
-    def _count(self, batch: dict[str, Any]) -> Tensor:
-        """Count a micro-batch; see `TARGETS` and following."""
-        ids, mask = batch["input_ids"], batch.get("attention_mask")
-        slots = ids.numel()
-        return torch.tensor(
-            [
-                int((batch["labels"][..., 1:] != IGNORE_INDEX).sum()),
-                slots if mask is None else int(mask.sum()),
-                slots,
-                int(torch.isin(ids, self.visual_ids).sum()),
-                0,
-            ]
-        )
 
     # ---- loss ---------------------------------------------------------------------------------------------------
 
@@ -188,7 +165,8 @@ class VLMTrainer(SFTTrainer):
         by a factor W. The load-balancing loss is a mean for each micro-batch: it gets 1 / (micro-batches) and is left
         to the mean over ranks, hence the second W.
         """
-        freeze_tower_state(self.model)  # `training_step` has just put all of it in training mode
+        if self.tower_frozen:
+            freeze_tower_state(self.vlm)  # `training_step` has just put all of it in training mode
         self._batch_ids = next(self._ids, [])
         world = self.args.world_size
         measure = bool(self.moe_layers) and self._will_log()
@@ -203,10 +181,10 @@ class VLMTrainer(SFTTrainer):
         if not bool(torch.isfinite(loss.detach())):
             self._stop(f"the loss is {loss.item()}", {"loss": str(loss.item())}, [self._batch_ids], everywhere=False)
         if outputs.aux_loss is not None:
-            self._window.aux_loss = self._window.aux_loss + outputs.aux_loss.detach()
-            self._window.aux_batches += 1
+            self._window.add_aux(outputs.aux_loss)
         if measure:
-            self._count_experts(outputs.router_logits, inputs.get("attention_mask"))
+            top_k = self.vlm.config.moe["num_experts_per_tok"]
+            self._window.add_experts(expert_counts(outputs.router_logits, top_k, inputs.get("attention_mask")))
         return (loss, outputs) if return_outputs else loss
 
     def _will_log(self) -> bool:
@@ -214,43 +192,30 @@ class VLMTrainer(SFTTrainer):
         step = self.state.global_step + 1
         return step in (1, self.state.max_steps) or step % int(self.args.logging_steps) == 0
 
-    def _count_experts(self, router_logits: Any, mask: Tensor | None) -> None:
-        """Add up how many tokens each expert of each layer got in this micro-batch, ``(layers, experts)``."""
-        top_k = self.model.config.moe["num_experts_per_tok"]
-        rows = []
-        for logits in router_logits:  # (S, E)
-            chosen = select_experts(logits.detach(), top_k)  # (S, k)
-            if mask is not None:
-                chosen = chosen[mask.reshape(-1).bool()]
-            rows.append(torch.bincount(chosen.reshape(-1), minlength=logits.shape[-1]))
-        counts = torch.stack(rows)
-        previous = self._window.expert_counts
-        self._window.expert_counts = counts if previous is None else previous + counts
-
     # ---- stop on non-finite numbers -------------------------------------------------------------------------------
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """Clip; but look at the norm first, since clipping by a NaN would spread it over all gradients."""
         if self.is_deepspeed_enabled:
             return super()._clip_grad_norm(model)
-        norm = self._checked_norm(model)
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), self.args.max_grad_norm, norm)
+        norm = self._checked_norm()
+        torch.nn.utils.clip_grads_with_norm_(self.trained, self.args.max_grad_norm, norm)
         return norm
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Return the gradient norm; called before the update. DeepSpeed has then left out a non-finite one itself."""
         if self.is_deepspeed_enabled:
-            norm = super()._get_grad_norm(model, grad_norm)
+            norm: Any = super()._get_grad_norm(model, grad_norm)
             if not 0 <= float(norm) < float("inf"):  # it writes -1 for NaN
                 self._stop(f"the gradient norm is {norm}", {"grad_norm": str(norm)}, self._step_ids, everywhere=True)
             return norm
-        return self._checked_norm(model) if grad_norm is None else grad_norm
+        return self._checked_norm() if grad_norm is None else grad_norm
 
-    def _checked_norm(self, model: Any) -> Tensor:
+    def _checked_norm(self) -> Tensor:
         """Return the norm of all gradients, or stop the run."""
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
         if not bool(torch.isfinite(norm)):
-            bad = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+            bad = [n for n, p in self.vlm.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
             what = f"the gradient norm is {norm.item()}" + (f" (first in {bad[0]})" if bad else "")
             numbers = {"grad_norm": str(norm.item()), "parameters": bad[:20]}
             self._stop(what, numbers, self._step_ids, everywhere=True)
@@ -287,7 +252,7 @@ class VLMTrainer(SFTTrainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Create AdamW over the groups of `parts.parameter_groups`."""
         if self.optimizer is None:
-            groups = parameter_groups(self.model, self.optim)
+            groups = parameter_groups(self.vlm, self.optim)
             self.group_names = [group["name"] for group in groups]
             self.optimizer = torch.optim.AdamW(
                 groups,
@@ -305,43 +270,15 @@ class VLMTrainer(SFTTrainer):
 
     # ---- metrics --------------------------------------------------------------------------------------------------
 
-    def _reset_window(self) -> None:
-        self._window = _Window(torch.zeros(5, dtype=torch.int64, device=self.args.device))
-        self._since = time.perf_counter()
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the window's metrics to a training log, and skip trl's."""
         if "loss" in logs:
             logs.pop("learning_rate", None)
-            logs.update(self._window_metrics())
-            self._reset_window()
+            for name, rate in zip(self.group_names, self._rates, strict=False):
+                logs[f"lr/{name.removesuffix('/no_decay')}"] = rate
+            logs.update(self._window.metrics(self.moe_layers, self.accelerator.gather))
+            self._window = Window(self.args.device)
         super(SFTTrainer, self).log(logs)
-
-    def _window_metrics(self) -> dict[str, float]:
-        """Return the numbers of all steps since the last log; names with ``/`` are nested in metrics.jsonl."""
-        window = self._window
-        seconds = max(window.seconds + time.perf_counter() - self._since, 1e-9)
-        counts = window.counts.tolist()
-        metrics: dict[str, float] = {}
-        for name, rate in zip(self.group_names, self._rates, strict=False):
-            metrics[f"lr/{name.removesuffix('/no_decay')}"] = rate
-        metrics |= {
-            "tokens_per_second": counts[TOKENS] / seconds,
-            "tokens": counts[TOKENS],
-            "target_tokens": counts[TARGETS],
-            "visual_tokens": counts[VISUAL],
-            "samples": counts[SAMPLES],
-            "padding_share": 1 - counts[TOKENS] / max(counts[SLOTS], 1),
-        }
-        if window.aux_batches:
-            mean = torch.as_tensor(window.aux_loss, device=self.args.device) / window.aux_batches
-            metrics["aux_loss"] = float(self.accelerator.gather(mean.reshape(1)).mean())  # pyright: ignore
-        if window.expert_counts is not None:
-            total = self.accelerator.gather(window.expert_counts[None]).sum(0)  # pyright: ignore  # (layers, experts)
-            load = total / total.sum(-1, keepdim=True).clamp(min=1)
-            for layer, row in zip(self.moe_layers, load.tolist(), strict=True):
-                metrics |= {f"expert_load/layer_{layer}/{expert}": share for expert, share in enumerate(row)}
-        return metrics
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -359,9 +296,9 @@ class VLMTrainer(SFTTrainer):
 
     def _trainable_state(self) -> dict[str, Tensor]:
         """Return the parameters that train and all saved buffers (batch statistics), by name."""
-        state = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
-        parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
-        buffers = {name: b for name, b in self.model.state_dict().items() if name not in parameters}
+        state = {name: p.detach() for name, p in self.vlm.named_parameters() if p.requires_grad}
+        parameters = {name for name, _ in self.vlm.named_parameters(remove_duplicate=False)}
+        buffers = {name: b for name, b in self.vlm.state_dict().items() if name not in parameters}
         return {name: tensor.contiguous() for name, tensor in {**state, **buffers}.items()}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -386,15 +323,9 @@ class VLMTrainer(SFTTrainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        window = {
-            "loss": float(self._tr_loss),
-            "last_logged": self._globalstep_last_logged,
-            "counts": self._window.counts.tolist(),
-            "aux_loss": float(self._window.aux_loss),
-            "aux_batches": self._window.aux_batches,
-            "seconds": self._window.seconds + time.perf_counter() - self._since,
-        }
-        (Path(output_dir) / WINDOW.format(rank=self.args.process_index)).write_text(json.dumps(window))
+        open_log = {"loss": float(self._tr_loss), "last_logged": self._globalstep_last_logged}
+        file = Path(output_dir) / WINDOW.format(rank=self.args.process_index)
+        file.write_text(json.dumps(open_log | self._window.state()))
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train, from a checkpoint directory if one is given."""
@@ -403,18 +334,16 @@ class VLMTrainer(SFTTrainer):
 
     def restore_window(self) -> None:
         """Continue the open log window of the checkpoint, so that logs equal those of an uninterrupted run."""
+        self._window = Window(self.args.device)
         if self._resumed is None:
-            self._reset_window()
             return
         file = self._resumed / WINDOW.format(rank=self.args.process_index)
+        if not file.is_file():  # written by fewer processes
+            return
         saved = json.loads(file.read_text())
         self._tr_loss = torch.tensor(saved["loss"], device=self.args.device)
         self._globalstep_last_logged = saved["last_logged"]
-        self._reset_window()
-        self._window.counts += torch.tensor(saved["counts"], device=self.args.device)
-        self._window.aux_loss = torch.tensor(saved["aux_loss"], device=self.args.device)
-        self._window.aux_batches = saved["aux_batches"]
-        self._window.seconds = saved["seconds"]
+        self._window.load_state(saved)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         started = time.perf_counter()
@@ -427,4 +356,4 @@ class VLMTrainer(SFTTrainer):
             )
             checkpoints.rotate(root)
         self.accelerator.wait_for_everyone()
-        self._since += time.perf_counter() - started  # throughput is of training
+        self._window.leave_out(time.perf_counter() - started)

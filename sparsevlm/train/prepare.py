@@ -1,0 +1,135 @@
+"""The model that a stage starts from: the parent's, or fresh from the parts, with the stage's edits applied."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsevlm.recipe.schema import Recipe
+from sparsevlm.train.checkpoints import mark_complete, read_marker, remove
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from sparsevlm.data.sample import Encoded
+
+UPCYCLE_TOLERANCE = 1e-5
+"""Largest difference of logits between the dense model and the upcycled one in float32, relative to the largest logit
+where that is above 1."""
+
+START = "start"
+"""Directory in a stage's that holds the model it starts from, when several processes are to load it."""
+
+
+def training_dtype(recipe: Recipe) -> Any:
+    """Return the type in which a run keeps its weights while training."""
+    import torch
+
+    return torch.bfloat16 if recipe.model.dtype == "bfloat16" else torch.float32
+
+
+def needs_edit(recipe: Recipe, name: str, parent_dir: Path | None) -> bool:
+    """Return whether a stage starts from something else than a saved directory as it is."""
+    return parent_dir is None or recipe.stages[name].upcycle is not None
+
+
+def start_model(recipe: Recipe, name: str, parent_dir: Path | None, console: Console) -> tuple[Any, Any]:
+    """Return the model and processor that a stage starts from, on the CPU.
+
+    Everything drawn at random (connector, routers) depends on the recipe's seed alone, so a stage that is started
+    again starts from the same weights.
+
+    Args:
+        recipe: The resolved recipe.
+        name: The stage.
+        parent_dir: Complete directory of the stage before; None for the first.
+        console: Where the upcycling report goes.
+
+    Raises:
+        ValueError: A part cannot be loaded, or upcycling changes what the model computes.
+    """
+    import torch
+    from transformers import set_seed
+
+    from sparsevlm.model.build import build_model, load_model, set_attention
+
+    upcycle = recipe.stages[name].upcycle
+    dtype = torch.float32 if upcycle is not None else training_dtype(recipe)
+    set_seed(recipe.seed)
+    attention = recipe.model.language.attention
+    if parent_dir is None:
+        model, processor = build_model(recipe.model, dtype)
+        set_attention(model, attention)
+    else:
+        model, processor = load_model(parent_dir, dtype, attention)
+    if upcycle is not None:
+        _upcycle(model, processor, recipe, name, console)
+        model.to(training_dtype(recipe))
+    return model, processor
+
+
+def _upcycle(model: Any, processor: Any, recipe: Recipe, name: str, console: Console) -> None:
+    """Upcycle in place and compare logits before and after on some of the stage's own samples."""
+    from sparsevlm.moe.upcycle import measure_difference, upcycle_model
+    from sparsevlm.train.data import first_samples
+    from sparsevlm.train.summary import short
+
+    spec: Any = recipe.stages[name].upcycle
+    samples = first_samples(recipe, name, processor, count=4)
+    before = _logits(model, processor, samples)
+    report = upcycle_model(model, spec, seed=recipe.seed)
+    after = _logits(model, processor, samples)
+    difference = measure_difference(lambda: before, lambda: after)
+    allowed = UPCYCLE_TOLERANCE * max(1.0, float(before.abs().max()))
+    console.print(
+        f"{name}: layers {', '.join(map(str, report.layers))} -> {report.num_experts} experts, "
+        f"top {report.num_experts_per_tok} ({report.experts_implementation}); language model "
+        f"{short(report.parameters_before)} -> {short(report.parameters_after)} parameters, "
+        f"{short(report.parameters_activated)} activated; logits differ from the dense model's by {difference:.1e} "
+        f"on {len(samples)} samples (float32)",
+        highlight=False,
+    )
+    if not difference <= allowed:
+        raise ValueError(
+            f"stage {name!r}: upcycling changed the logits by {difference:.3g} (allowed {allowed:.1g}); the copied "
+            "experts do not compute what the dense layers do. Leave out layers or report the language model"
+        )
+
+
+def _logits(model: Any, processor: Any, samples: Sequence[Encoded]) -> Any:
+    """Return the logits of each sample by itself, ``(sum of tokens, V)``."""
+    import torch
+
+    from sparsevlm.train.data import make_collator
+
+    collate = make_collator(processor, packed=False)
+    training = model.training
+    model.eval()
+    rows = []
+    with torch.no_grad():
+        for sample in samples:
+            batch = collate([[sample]])
+            batch.pop("labels")
+            rows.append(model(**batch, use_cache=False).logits[0])
+    model.train(training)
+    return torch.cat(rows)
+
+
+def save_start(recipe: Recipe, name: str, parent_dir: Path | None, stage_dir: Path, console: Console) -> Path:
+    """Return a directory from which all ranks of a stage load; written once by the launching process.
+
+    Sharded ranks cannot edit the model they load (each holds a part of it), so edits happen here, on the CPU.
+    """
+    if not needs_edit(recipe, name, parent_dir):
+        assert parent_dir is not None
+        return parent_dir
+    directory = stage_dir / START
+    if read_marker(directory) is None:
+        if directory.exists():
+            remove(directory)
+        model, processor = start_model(recipe, name, parent_dir, console)
+        model.save_pretrained(directory)
+        processor.save_pretrained(directory)
+        mark_complete(directory, {"stage": name})
+    return directory

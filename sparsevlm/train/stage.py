@@ -1,0 +1,304 @@
+"""`run_stage`: load the parent directory, edit, choose what trains, train, save, evaluate."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsevlm.recipe.load import dump_recipe
+from sparsevlm.recipe.schema import Recipe
+from sparsevlm.train import checkpoints
+from sparsevlm.train.fingerprint import check_unchanged, stage_inputs
+from sparsevlm.train.prepare import START, start_model, training_dtype
+from sparsevlm.train.sharding import uses_deepspeed
+from sparsevlm.train.summary import STAGE_FILE, StageSummary, losses_and_speed, print_trainable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from sparsevlm.train.trainer import VLMTrainer
+
+CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
+SKIPPED = "skipped.jsonl"
+_OUTPUT = ".output"
+_PACKAGES = ("sparsevlm", "torch", "transformers", "trl", "accelerate", "peft", "deepspeed", "datasets", "numpy")
+
+
+def world_size() -> int:
+    """Return the number of processes of this run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """Tell whether this is rank 0."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def run_stage(
+    recipe: Recipe,
+    name: str,
+    parent_dir: Path | None,
+    run_dir: Path,
+    *,
+    start: Path | None = None,
+    console: Console | None = None,
+) -> StageSummary | None:
+    """Run one stage to its end, from its last complete checkpoint if there is one.
+
+    Args:
+        recipe: The resolved recipe.
+        name: The stage.
+        parent_dir: Complete directory of the stage before; None for the first stage.
+        run_dir: Directory of the run.
+        start: Directory that all ranks load instead (`prepare.save_start`); needed with several processes.
+        console: Where to print; default standard error.
+
+    Returns:
+        The stage's row on rank 0, None on the others.
+
+    Raises:
+        ValueError: Something in the recipe, the parts or the data is wrong, or a number became non-finite.
+    """
+    from rich.console import Console
+
+    console = console or Console(file=sys.stderr)
+    _quiet(console)
+    from sparsevlm.model.build import load_model
+    from sparsevlm.train.arguments import set_num_steps, training_arguments
+    from sparsevlm.train.callbacks import MetricsWriter, ProgressLine, read_metrics
+    from sparsevlm.train.data import make_collator, stage_data
+    from sparsevlm.train.parts import count_parameters, select_trainable
+    from sparsevlm.train.trainer import VLMTrainer
+
+    started = time.perf_counter()
+    stage, stage_dir, main = recipe.stages[name], run_dir / name, is_main_process()
+    stage_dir.mkdir(parents=True, exist_ok=True)
+    sharded = uses_deepspeed(recipe, stage, world_size())
+    resume = _resume_point(recipe, name, stage_dir, console)
+    earlier = read_metrics(stage_dir / METRICS) if resume is not None else []
+
+    args = training_arguments(recipe, name, stage_dir=stage_dir, world_size=world_size(), sharded=sharded)
+    if start is None:
+        model, processor = start_model(recipe, name, parent_dir, console)
+    else:
+        model, processor = load_model(start, training_dtype(recipe), recipe.model.language.attention)
+    report = select_trainable(model, stage.trains, stage.optim)
+    parameters = count_parameters(model)
+    if main:
+        print_trainable(report, name, console)
+    data = stage_data(recipe, name, model, processor, stage_dir / SKIPPED)
+    marker = _marker(recipe, name, sharded, data.fingerprint)
+    if resume is not None:
+        _check_resume(resume, marker, stage_dir)
+    set_num_steps(args, stage, data.num_steps)
+    progress = ProgressLine(name, console)
+    trainer = VLMTrainer(
+        model,
+        args,
+        processor=processor,
+        dataset=data,
+        collator=make_collator(processor, packed=data.packed),
+        optim=stage.optim,
+        stage_dir=stage_dir,
+        marker=marker,
+        callbacks=[MetricsWriter(stage_dir / METRICS), progress],
+    )
+    try:
+        trainer.train(str(resume) if resume is not None else None)
+    finally:
+        progress.close()
+    save_output(trainer, recipe, stage_dir)
+    if not main:
+        return None
+    if data.skips.skipped:
+        console.print(f"{name}: {data.skips.summary()}; see {stage_dir / SKIPPED}", highlight=False)
+    evals = evaluate_stage(recipe, name, trainer, stage_dir)
+    rows = read_metrics(stage_dir / METRICS)
+    first, last, speed, _ = losses_and_speed(rows)
+    summary = StageSummary(
+        name=name,
+        seconds=round(time.perf_counter() - started + losses_and_speed(earlier)[3], 2),
+        loss_first=first,
+        loss_last=last,
+        tokens_per_second=round(speed, 1),
+        parameters=parameters,
+        eval=_by_kind(evals),
+        trains=tuple(stage.trains),
+    )
+    finish_stage(recipe, name, parent_dir, stage_dir, summary, {key: result.report for key, result in evals.items()})
+    return summary
+
+
+def _quiet(console: Console) -> None:
+    """Keep out of the way of our own output: bars of libraries, and what they say about absent hardware."""
+    import warnings
+
+    import torch
+    from transformers.utils import logging
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"torch\.distributed"
+    )  # one a step, from DeepSpeed
+    if not console.is_terminal or not is_main_process():
+        logging.disable_progress_bar()
+
+
+def _marker(recipe: Recipe, name: str, sharded: bool, data: str) -> dict[str, Any]:
+    """What the markers of this stage's checkpoints say, to be checked when training goes on."""
+    return {
+        "inputs": stage_inputs(recipe, name),
+        "data": data,
+        "world_size": world_size(),
+        "zero": recipe.sharding_of(recipe.stages[name]).zero if sharded else 0,
+    }
+
+
+def _resume_point(recipe: Recipe, name: str, stage_dir: Path, console: Console) -> Path | None:
+    """Return the checkpoint to go on from; removes what interrupted writes left.
+
+    Raises:
+        ValueError: It was made with other options.
+    """
+    root = stage_dir / CHECKPOINTS
+    if is_main_process():
+        checkpoints.clean(root)
+    found = checkpoints.latest(root)
+    if found is None:
+        return None
+    marker = checkpoints.read_marker(found)
+    assert marker is not None
+    check_unchanged(marker["inputs"], recipe, name, str(stage_dir))
+    if is_main_process():
+        console.print(f"{name}: continuing from step {marker['step']}", highlight=False)
+    return found
+
+
+def _check_resume(checkpoint: Path, now: dict[str, Any], stage_dir: Path) -> None:
+    """Refuse a checkpoint of other data or, sharded, of another number of processes.
+
+    Raises:
+        ValueError: It is one.
+    """
+    before = checkpoints.read_marker(checkpoint)
+    assert before is not None
+    if before["data"] != now["data"]:
+        raise ValueError(
+            f"the data changed since {checkpoint} was written: the same recipe now gives other rows. Restore the "
+            f"data files, or delete {stage_dir} to train the stage anew"
+        )
+    if before["zero"] != now["zero"] or (now["zero"] and before["world_size"] != now["world_size"]):
+        raise ValueError(
+            f"{checkpoint} was written by {before['world_size']} processes under ZeRO-{before['zero']}, and cannot be "
+            f"continued by {now['world_size']} under ZeRO-{now['zero']}; start as many as before, or delete {stage_dir}"
+        )
+
+
+def save_output(trainer: VLMTrainer, recipe: Recipe, stage_dir: Path) -> None:
+    """Write the complete model and processor into a stage's directory; all ranks call it.
+
+    The files are written beside and moved in at the end; the stage counts as finished only with `finish_stage`.
+    """
+    import torch
+
+    model, state = trainer.vlm, None
+    if trainer.is_deepspeed_enabled:
+        state: Any = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathers the shards, on every rank
+        # transformers' sharded loading notes renamings that it did not do, and saving would undo them.
+        vars(model).pop("_weight_conversions", None)
+    if not trainer.args.should_save:
+        return
+    model.config.use_cache = True  # the trainer turned it off
+    if recipe.model.dtype == "float16":
+        state = {key: value.to(torch.float16) for key, value in (state or model.state_dict()).items()}
+    output = stage_dir / _OUTPUT
+    if output.exists():
+        shutil.rmtree(output)
+    model.save_pretrained(output, state_dict=state)
+    trainer.processing_class.save_pretrained(output)  # pyright: ignore
+    for file in output.iterdir():
+        file.replace(stage_dir / file.name)
+    output.rmdir()
+
+
+def evaluate_stage(recipe: Recipe, name: str, trainer: VLMTrainer, stage_dir: Path) -> dict[str, Any]:
+    """Run the stage's evaluations; return their results by name."""
+    import torch
+
+    from sparsevlm.eval.run import evaluate
+    from sparsevlm.model.build import load_model
+
+    chosen = recipe.stages[name].evals
+    names = list(recipe.evals) if chosen is None else chosen
+    if not names:
+        return {}
+    model, processor = trainer.vlm, trainer.processing_class
+    if trainer.is_deepspeed_enabled:  # the engine's weights are shards; what was saved is what counts
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
+        model, processor = load_model(stage_dir, attention=recipe.model.language.attention)
+        torch.nn.Module.to(model, trainer.args.device)
+    return {
+        key: evaluate(model, processor, recipe.evals[key], predictions_path=stage_dir / "eval" / f"{key}.jsonl")
+        for key in names
+    }
+
+
+def _by_kind(evals: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Merge results into one table; with several evaluations each kind gets its evaluation's name in front."""
+    if len(evals) == 1:
+        return {kind: dict(cell) for result in evals.values() for kind, cell in result.items()}
+    return {f"{name}/{kind}": dict(cell) for name, result in evals.items() for kind, cell in result.items()}
+
+
+def finish_stage(
+    recipe: Recipe,
+    name: str,
+    parent_dir: Path | None,
+    stage_dir: Path,
+    summary: StageSummary,
+    reports: dict[str, Any],
+) -> None:
+    """Write what the stage was and its completion marker; then drop what was only needed to resume."""
+    (stage_dir / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    record = {
+        "stage": name,
+        "finished": datetime.now(UTC).isoformat(timespec="microseconds"),
+        "parent": None if parent_dir is None else {"stage": parent_dir.name, "finished": finished_at(parent_dir)},
+        "processes": world_size(),
+        "versions": versions(),
+        "inputs": stage_inputs(recipe, name),
+        "summary": summary.to_dict(),
+        "evals": reports,
+    }
+    checkpoints.write_atomically(stage_dir / STAGE_FILE, json.dumps(record, indent=2) + "\n")
+    checkpoints.mark_complete(stage_dir, {"stage": name, "finished": record["finished"]})
+    for leftover in (CHECKPOINTS, START):
+        if (stage_dir / leftover).exists():
+            shutil.rmtree(stage_dir / leftover)
+
+
+def finished_at(stage_dir: Path) -> str:
+    """Return when a complete stage was finished; tells it from an earlier run of the same stage."""
+    return json.loads((stage_dir / STAGE_FILE).read_text(encoding="utf-8"))["finished"]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that a result depends on."""
+    found = {"python": sys.version.split()[0]}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
