@@ -217,7 +217,6 @@ def save_output(trainer: VLMTrainer, recipe: Recipe, stage_dir: Path) -> None:
         vars(model).pop("_weight_conversions", None)
     if not trainer.args.should_save:
         return
-    model.config.use_cache = True  # the trainer turned it off
     if recipe.model.dtype == "float16":
         state = {key: value.to(torch.float16) for key, value in (state or model.state_dict()).items()}
     output = stage_dir / _OUTPUT

@@ -83,6 +83,7 @@ class VLMTrainer(SFTTrainer):
 
         # SFTTrainer insists on a `datasets.Dataset` and looks at its first row; ours takes its place right after.
         args.dataset_kwargs = {"skip_prepare_dataset": True}
+        config = dict(vars(model.config))
         super().__init__(
             model=model,
             args=args,
@@ -91,6 +92,8 @@ class VLMTrainer(SFTTrainer):
             processing_class=processor,
             callbacks=callbacks,
         )
+        if "use_cache" not in config:  # set for training, but would be saved; `compute_loss` passes it
+            vars(model.config).pop("use_cache", None)
         self.remove_callback(PrinterCallback)
         self.add_callback(_WindowCallback(self))
         self.train_dataset = dataset

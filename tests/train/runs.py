@@ -32,7 +32,10 @@ def write_data(directory: Path, rows: int = 48) -> Path:
 
 
 def write_recipe(directory: Path, parts: dict[str, str], **changes: Any) -> Path:
-    """Write a recipe with the stages `align` and `moe` over `write_data`; `changes` are laid over its stages."""
+    """Write a recipe over `write_data` with the stages `align` and `moe`, or those in `only`.
+
+    `stage` is laid over each stage, everything else over the recipe.
+    """
     data = directory / "data" / "train.json"
     if not data.is_file():
         write_data(data.parent)
@@ -49,8 +52,8 @@ def write_recipe(directory: Path, parts: dict[str, str], **changes: Any) -> Path
         "align": {"trains": ["connector"], **common},
         "moe": {"trains": ["moe", "connector"], "upcycle": {"layers": [1], "aux_loss_coef": 0.1}, **common},
     }
-    for name in stages:
-        stages[name] |= changes.pop("stage", {})
+    stages = {name: stages[name] | changes.get("stage", {}) for name in changes.pop("only", stages)}
+    changes.pop("stage", None)
     recipe = {
         "name": "tiny",
         "output": str(directory / "run"),
