@@ -7,6 +7,7 @@ import binascii
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ class RowContext:
     @staticmethod
     def _confined(root: Path, path: str) -> Path:
         try:
-            top = root.resolve()
+            top = _real(root.absolute())
             found = (top / path).resolve()
             inside = found.is_relative_to(top)
             exists = inside and found.is_file()
@@ -99,6 +100,11 @@ class RowContext:
         if not exists:
             raise BadSampleError(f"missing file {path!r} in {root}")
         return found
+
+
+@cache
+def _real(root: Path) -> Path:
+    return root.resolve()
 
 
 class Rows(Sequence[Any]):
