@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from collections import Counter
 from pathlib import Path
 
@@ -164,6 +165,39 @@ def test_measuring_in_workers_gives_the_same_plan(texts, monkeypatch):
     monkeypatch.setattr(measuring, "CHUNK", 5)
     together = plan(texts, stage(("a", "b"), batch={"workers": 2}))
     assert alone.fingerprint == together.fingerprint
+
+
+def _plan_on_rank(rank: int, world: int, sources, given, folder) -> None:
+    from torch import distributed
+
+    distributed.init_process_group("gloo", f"file://{folder / 'store'}", rank=rank, world_size=world)
+    measured = []
+
+    def counting(sample, max_length):
+        measured.append(sample.id)
+        return measure(sample, max_length)
+
+    data = StageData(sources, given, counting, encode, packed=True, seed=0, skipped_path=folder / "skipped.jsonl")
+    (folder / f"{rank}.json").write_text(json.dumps([data.fingerprint, measured]))
+    distributed.destroy_process_group()
+
+
+def test_ranks_share_the_measuring_and_plan_the_same(texts, tmp_path):
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write('\n{"id": "torn"')
+    context = multiprocessing.get_context("fork")
+    given = stage(("a", "b"))
+    ranks = [context.Process(target=_plan_on_rank, args=(rank, 2, texts, given, tmp_path)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+        assert process.exitcode == 0
+    plans = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert plans[0][0] == plans[1][0] == plan(texts, given).fingerprint
+    assert len(plans[0][1]) + len(plans[1][1]) == 110
+    assert min(len(part) for _, part in plans) >= 50
+    assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 1
 
 
 def test_planning_reads_no_pictures_and_measures_once(texts):

@@ -217,6 +217,30 @@ def test_an_unreadable_table(tmp_path):
         OpenSource("t", source(tmp_path / "a.parquet"))
 
 
+def test_data_sets_of_the_hub(table, monkeypatch, tmp_path):
+    import datasets
+
+    dataset, files = table
+    asked = []
+
+    def load_dataset(path, **options):
+        asked.append((path, options))
+        if path == "some/where":
+            return dataset.to_iterable_dataset() if options["streaming"] else dataset
+        raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{path}' doesn't exist on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    fields = {"name": "small", "split": "validation", "revision": "v1"}
+    opened = OpenSource("h", source("some/where", **fields), tmp_path)
+    assert asked == [("some/where", {**fields, "streaming": False})]
+    assert opened.read(2).where == "some/where[validation]:row 2"
+    assert next(opened.read(0).media()).source == files[0]
+    streamed = OpenSource("h", source("some/where", streaming=True), tmp_path)
+    assert [next(sample.media()).source for sample in streamed.stream(0, 0, 0, 1)] == files
+    with pytest.raises(ValueError, match=r"data\.h: data set 'no/where' cannot be loaded: DatasetNotFoundError"):
+        OpenSource("h", source("no/where"), tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_ranks_share_a_stream_without_loss(kind, world, tmp_path):
