@@ -239,9 +239,10 @@ def load_model(
     Raises:
         ValueError: The checkpoint lacks weights, or holds some of another shape.
     """
-    model, info = SparseVLMForConditionalGeneration.from_pretrained(
+    loaded: Any = SparseVLMForConditionalGeneration.from_pretrained(
         str(path), dtype=dtype, output_loading_info=True, **kwargs
     )
+    model, info = loaded
     if info["missing_keys"] or info["mismatched_keys"]:
         lacking = sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"])
         raise ValueError(

@@ -60,7 +60,7 @@ class SparseVLMPreTrainedModel(PreTrainedModel):
         name = experts_implementation
         if isinstance(name, dict):
             name = name.get("text_config", name.get("", "eager"))
-        decoder = getattr(self, self.base_model_prefix, self).language_model
+        decoder: Any = getattr(self, self.base_model_prefix, self).language_model
         set_implementation(decoder, self.config.text_config, name)
 
 
