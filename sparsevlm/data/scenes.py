@@ -74,13 +74,14 @@ _CLAIM_VALUES: dict[str, Sequence[str]] = {
     "number": NUMBERS,
     "direction": list(DIRECTIONS),
 }
-_FOLLOW_UPS: dict[str, tuple[str, ...]] = {
+FOLLOW_UPS: dict[str, tuple[str, ...]] = {
     "still": ("colour", "shape", "size", "position", "yes_no", "caption"),
     "group": ("count", "colour", "shape", "yes_no", "caption"),
     "moving": ("motion", "before_after", "colour", "shape", "size", "yes_no", "caption"),
     "changing": ("before_after", "shape", "size", "position", "yes_no", "caption"),
     "several": ("binding", "caption"),
 }
+"""Kinds that can be asked of each setting (motion only where it is straight)."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ def caption(scene: Scene) -> str:
         turn = f"turns from {look.colour} to {scene.last.look.colour}"
         return f"a {look.size} {look.shape} at the {scene.first.zone} {turn} ."
     things = [
-        f"a {thing.look.size} {thing.look.colour} {thing.look.shape} at the {thing.zone}" for thing in scene.frames[0]
+        f"a {thing.look.size} {thing.look.colour} {thing.look.shape} at the {thing.zone}"
+        for thing in sorted(scene.frames[0], key=lambda thing: list(ZONES).index(thing.zone))
     ]
     return " and ".join(things) + " ."
 
@@ -191,7 +193,7 @@ def _binding(rng: Random, scene: Scene, answer: str | None) -> tuple[str, str]:
     return f"what shape is the {look.colour} thing ?", look.shape
 
 
-def _ask(rng: Random, scene: Scene, kind: str, answer: str | None = None) -> Turn:
+def ask(rng: Random, scene: Scene, kind: str, answer: str | None = None) -> Turn:
     """Ask a question of ``kind`` about a scene; ``answer`` fixes what the answer must be."""
     if kind == "yes_no":
         answer = answer or rng.choice(("yes", "no"))
@@ -247,14 +249,14 @@ def scene_turns(
     answers = QUESTION_KINDS[kind]["answers"] if kind in QUESTION_KINDS else [""]  # captions have no list
     answer = answers[round_ % len(answers)]  # taken in turn too: evenly spread in any run of rows
     scene = _make_scene(SceneMaker(rng, split), kind, answer)
-    found = [_ask(rng, scene, kind, answer or None)]
+    found = [ask(rng, scene, kind, answer or None)]
     if kind != "text":
-        more = [other for other in _FOLLOW_UPS[scene.setting] if other != kind]
+        more = [other for other in FOLLOW_UPS[scene.setting] if other != kind]
         if _direction(scene) is None:
             more = [other for other in more if other != "motion"]
         rng.shuffle(more)
         more = sorted(more[: max(0, turns - 1)], key="caption".__eq__)  # last: a caption tells the other answers
-        found += [_ask(rng, scene, other) for other in more]
+        found += [ask(rng, scene, other) for other in more]
     return scene, found
 
 
