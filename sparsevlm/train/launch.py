@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsevlm.recipe.load import dump_recipe, load_recipe
+from sparsevlm.recipe.load import RecipeError, dump_recipe, load_recipe, option_fault
 from sparsevlm.recipe.schema import Recipe
 from sparsevlm.train import checkpoints
 from sparsevlm.train.fingerprint import check_unchanged
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 RECIPE = "recipe.yaml"
 LOCK = ".lock"
+DATA_FILES = (".json", ".jsonl", ".parquet")
 WAIT_FOR_LOCK = 30.0
 """Seconds that a run waits for the processes of an earlier one, which may just be going down."""
 
@@ -64,16 +65,19 @@ def train(
         A row a stage, as in ``RUN/summary.json``.
 
     Raises:
-        ValueError: The recipe is wrong, or a finished stage was made from another one.
+        RecipeError: The recipe is wrong, or does not fit its parts, its data or the number of processes.
+        ValueError: A finished stage was made from another recipe, or something is wrong with the data.
         LaunchError: A process failed.
     """
     from rich.console import Console
 
+    from sparsevlm.train.evaluation import refresh_evals
+
     recipe = load_recipe(recipe_path, overrides)
     run_dir = Path(output or recipe.run_dir)
     processes = _processes(gpus, nproc, nnodes, rdzv)
-    _check_batches(recipe, processes * nnodes)
     console = Console(file=sys.stderr)
+    _check(recipe, processes * nnodes, console)
     run_dir.mkdir(parents=True, exist_ok=True)
     with _locked(run_dir, console) if node_rank == 0 else contextlib.nullcontext() as lock:
         if node_rank == 0:
@@ -83,6 +87,8 @@ def train(
             stage_dir = run_dir / name
             if _is_finished(recipe, name, stage_dir, parent):
                 console.print(f"{name}: complete in {stage_dir}", highlight=False)
+                if node_rank == 0:
+                    refresh_evals(recipe, name, stage_dir, console)
             elif processes * nnodes == 1 and not uses_deepspeed(recipe, recipe.stages[name], 1):
                 _run_here(recipe, name, parent, run_dir, console)
             else:
@@ -111,18 +117,36 @@ def _processes(gpus: int | None, nproc: int | None, nnodes: int, rdzv: str | Non
     return gpus or nproc or 1
 
 
-def _check_batches(recipe: Recipe, world_size: int) -> None:
-    """Refuse batches that do not divide, for all stages at once and before anything is trained."""
+def _check(recipe: Recipe, world_size: int, console: Console) -> None:
+    """Refuse what would stop a later stage, before the first one is trained.
+
+    Raises:
+        RecipeError: All that was found, each at its line.
+    """
+    from sparsevlm.model.build import part_config
     from sparsevlm.train.loader import accumulation_steps
+    from sparsevlm.train.plan import plan
 
     faults = []
     for name, stage in recipe.stages.items():
         try:
             accumulation_steps(stage.batch, world_size)
         except ValueError as error:
-            faults.append(f"stages.{name}: {error}")
+            faults.append(option_fault(recipe, ("stages", name, "batch", "rows"), str(error)))
+    used = {source for stage in recipe.stages.values() for source in stage.data}
+    places = [("data", name, recipe.data[name].path) for name in sorted(used)]
+    for section, name, path in [*places, *(("evals", name, spec.path) for name, spec in recipe.evals.items())]:
+        for file in [path] if isinstance(path, str) else path:
+            if Path(file).suffix in DATA_FILES and not Path(file).is_file():
+                faults.append(option_fault(recipe, (section, name, "path"), f"no file {file!r} in {Path.cwd()}"))
     if faults:
-        raise ValueError("\n".join(faults))
+        raise RecipeError(faults)
+    parts = [recipe.model.vision.path, recipe.model.language.path]
+    for path in parts:
+        part_config(path, recipe.model.trust_remote_code)  # what is on the Hub is then in its cache, where `plan` looks
+    if not recipe.model.trust_remote_code:
+        for note in plan(recipe, world=world_size)["notes"]:
+            console.print(f"note: {note}", highlight=False, markup=False)
 
 
 def _is_finished(recipe: Recipe, name: str, stage_dir: Path, parent: Path | None) -> bool:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sparsevlm.recipe.load import dump_recipe
 from sparsevlm.recipe.schema import Recipe
 from sparsevlm.train import checkpoints
+from sparsevlm.train.evaluation import by_kind, eval_specs, evaluate_stage, trained_model
 from sparsevlm.train.fingerprint import check_unchanged, stage_inputs
 from sparsevlm.train.prepare import START, start_model, training_dtype
 from sparsevlm.train.sharding import uses_deepspeed
@@ -120,7 +121,7 @@ def run_stage(
         return None
     if data.skips.skipped:
         console.print(f"{name}: {data.skips.summary()}; see {stage_dir / SKIPPED}", highlight=False)
-    evals = evaluate_stage(recipe, name, trainer, stage_dir)
+    evals = evaluate_stage(recipe, name, *trained_model(trainer, recipe, stage_dir), stage_dir)
     rows = read_metrics(stage_dir / METRICS)
     first, last, speed, _ = losses_and_speed(rows)
     summary = StageSummary(
@@ -130,7 +131,7 @@ def run_stage(
         loss_last=last,
         tokens_per_second=round(speed, 1),
         parameters=parameters,
-        eval=_by_kind(evals),
+        eval=by_kind(evals),
         trains=tuple(stage.trains),
     )
     finish_stage(recipe, name, parent_dir, stage_dir, summary, {key: result.report for key, result in evals.items()})
@@ -229,37 +230,6 @@ def save_output(trainer: VLMTrainer, recipe: Recipe, stage_dir: Path) -> None:
     output.rmdir()
 
 
-def evaluate_stage(recipe: Recipe, name: str, trainer: VLMTrainer, stage_dir: Path) -> dict[str, Any]:
-    """Run the stage's evaluations; return their results by name."""
-    import torch
-
-    from sparsevlm.eval.run import evaluate
-    from sparsevlm.model.build import load_model
-
-    chosen = recipe.stages[name].evals
-    names = list(recipe.evals) if chosen is None else chosen
-    if not names:
-        return {}
-    model, processor = trainer.vlm, trainer.processing_class
-    if trainer.is_deepspeed_enabled:  # the engine's weights are shards; what was saved is what counts
-        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-        unset_hf_deepspeed_config()
-        model, processor = load_model(stage_dir, attention=recipe.model.language.attention)
-        torch.nn.Module.to(model, trainer.args.device)
-    return {
-        key: evaluate(model, processor, recipe.evals[key], predictions_path=stage_dir / "eval" / f"{key}.jsonl")
-        for key in names
-    }
-
-
-def _by_kind(evals: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Merge results into one table; with several evaluations each kind gets its evaluation's name in front."""
-    if len(evals) == 1:
-        return {kind: dict(cell) for result in evals.values() for kind, cell in result.items()}
-    return {f"{name}/{kind}": dict(cell) for name, result in evals.items() for kind, cell in result.items()}
-
-
 def finish_stage(
     recipe: Recipe,
     name: str,
@@ -279,6 +249,7 @@ def finish_stage(
         "inputs": stage_inputs(recipe, name),
         "summary": summary.to_dict(),
         "evals": reports,
+        "eval_specs": eval_specs(recipe, name),
     }
     checkpoints.write_atomically(stage_dir / STAGE_FILE, json.dumps(record, indent=2) + "\n")
     checkpoints.mark_complete(stage_dir, {"stage": name, "finished": record["finished"]})

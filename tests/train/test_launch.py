@@ -123,6 +123,23 @@ def test_finished_stages_are_kept(finished: Path) -> None:
     assert files == {p: p.stat().st_mtime_ns for p in (finished / "run").rglob("*.safetensors")}
 
 
+def test_evaluations_follow_a_stage_and_are_repeated_when_they_change(module_parts: Any, tmp_path: Path) -> None:
+    questions = [{"id": str(i), "question": "what is a cat ?", "answer": "red", "kind": "animal"} for i in range(3)]
+    (tmp_path / "questions.json").write_text(json.dumps(questions))
+    evals = {"asked": {"task": "vqa", "path": str(tmp_path / "questions.json"), "max_new_tokens": 2}}
+    recipe = write_recipe(tmp_path, module_parts, only=["align"], stage={"steps": 1}, evals=evals)
+    (row,) = train(recipe)
+    assert row.eval["animal"]["n"] == 3
+    assert set(row.eval["animal"]) == {"accuracy", "chance", "n", "core"}
+    assert len((tmp_path / "run/align/eval/asked.jsonl").read_text().splitlines()) == 3
+    weights_at = (tmp_path / "run/align/model.safetensors").stat().st_mtime_ns
+    (row,) = train(recipe, ["evals.asked.limit=2"])
+    assert row.eval["animal"]["n"] == 2
+    (row,) = train(recipe, ["evals.asked.limit=2", "stages.align.evals=[]"])
+    assert row.eval == {}
+    assert weights_at == (tmp_path / "run/align/model.safetensors").stat().st_mtime_ns
+
+
 def test_a_finished_stage_of_another_recipe_is_refused(finished: Path) -> None:
     with pytest.raises(ValueError, match=r"stages\.align\.optim\.lr: 0\.005 -> 0\.001"):
         train(finished / "recipe.json", ["stages.align.optim.lr=1e-3"])
@@ -147,8 +164,18 @@ def test_changed_data_are_refused_when_going_on(module_parts: Any, tmp_path: Pat
 def test_batches_that_do_not_divide_are_named_for_all_stages_at_once(module_parts: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:
         train(write_recipe(tmp_path, module_parts), nproc=3)
-    assert "stages.align: batch.rows 4" in str(error.value)
-    assert "stages.moe: batch.rows 4" in str(error.value)
+    for stage in ("align", "moe"):
+        assert "recipe.json:1:" in str(error.value)
+        assert f"stages.{stage}.batch.rows: batch.rows 4 is not a multiple" in str(error.value)
+
+
+def test_what_would_stop_a_later_stage_is_refused_before_the_first(module_parts: Any, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, module_parts)
+    with pytest.raises(ValueError, match=r"stages\.moe\.upcycle"):
+        train(recipe, ["stages.moe.upcycle.layers=[7]"])
+    with pytest.raises(ValueError, match=r"data\.late\.path: no file 'late\.json'"):
+        train(recipe, ["data.late={path: late.json, format: llava}", "stages.moe.data=[late]"])
+    assert not (tmp_path / "run" / "align").exists()
 
 
 def test_two_runs_in_one_directory_are_refused(

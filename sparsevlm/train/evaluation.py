@@ -1,0 +1,79 @@
+"""The evaluations that follow a stage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsevlm.recipe.schema import Eval, Recipe
+from sparsevlm.train.checkpoints import write_atomically
+from sparsevlm.train.summary import STAGE_FILE
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from sparsevlm.train.trainer import VLMTrainer
+
+
+def evals_of(recipe: Recipe, name: str) -> dict[str, Eval]:
+    """Return the evaluations that follow a stage."""
+    chosen = recipe.stages[name].evals
+    return {key: recipe.evals[key] for key in (recipe.evals if chosen is None else chosen)}
+
+
+def eval_specs(recipe: Recipe, name: str) -> dict[str, Any]:
+    """Return the evaluations that follow a stage as JSON types."""
+    return {key: spec.model_dump(mode="json") for key, spec in evals_of(recipe, name).items()}
+
+
+def trained_model(trainer: VLMTrainer, recipe: Recipe, stage_dir: Path) -> tuple[Any, Any]:
+    """Return a whole model to evaluate: the trainer's own, or the saved one where the trainer's is in shards."""
+    if not trainer.is_deepspeed_enabled:
+        return trainer.vlm, trainer.processing_class
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()  # else loading would give shards again
+    model, processor = load_for_evaluation(recipe, stage_dir)
+    return model, processor
+
+
+def load_for_evaluation(recipe: Recipe, stage_dir: Path) -> tuple[Any, Any]:
+    """Load a saved stage onto the accelerator, if there is one."""
+    import torch
+
+    from sparsevlm.model.build import load_model
+
+    model, processor = load_model(stage_dir, attention=recipe.model.language.attention)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.nn.Module.to(model, device or "cpu"), processor
+
+
+def evaluate_stage(recipe: Recipe, name: str, model: Any, processor: Any, stage_dir: Path) -> dict[str, Any]:
+    """Run the evaluations that follow a stage; return their results by name."""
+    from sparsevlm.eval.run import evaluate
+
+    return {
+        key: evaluate(model, processor, spec, predictions_path=stage_dir / "eval" / f"{key}.jsonl")
+        for key, spec in evals_of(recipe, name).items()
+    }
+
+
+def refresh_evals(recipe: Recipe, name: str, stage_dir: Path, console: Console) -> None:
+    """Evaluate a finished stage again where the recipe's evaluations changed since; its training stands."""
+    record = json.loads((stage_dir / STAGE_FILE).read_text(encoding="utf-8"))
+    specs = eval_specs(recipe, name)
+    if record["eval_specs"] == specs:
+        return
+    console.print(f"{name}: the evaluations changed, evaluating again", highlight=False)
+    evals = evaluate_stage(recipe, name, *load_for_evaluation(recipe, stage_dir), stage_dir)
+    record["summary"]["eval"] = by_kind(evals)
+    record |= {"evals": {key: result.report for key, result in evals.items()}, "eval_specs": specs}
+    write_atomically(stage_dir / STAGE_FILE, json.dumps(record, indent=2) + "\n")
+
+
+def by_kind(evals: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Merge results into one table; with several evaluations each kind gets its evaluation's name in front."""
+    if len(evals) == 1:
+        return {kind: dict(cell) for result in evals.values() for kind, cell in result.items()}
+    return {f"{name}/{kind}": dict(cell) for name, result in evals.items() for kind, cell in result.items()}
