@@ -228,3 +228,25 @@ def test_format_mixes_captions_and_kinds_evenly():
     assert all("validation" in sample.where for sample in samples)
     questions = [sample for sample in samples if sample.meta["kind"] == "count"]
     assert all(len(sample.messages) == 4 for sample in questions)
+
+
+def test_shipped_parts_are_small_and_know_every_word():
+    from transformers import AutoTokenizer
+
+    from sparsevlm.model.build import ASSETS
+
+    parts = ASSETS / "quickstart"
+    weights = list(parts.rglob("*.safetensors"))
+    assert len(weights) == 2 and sum(file.stat().st_size for file in weights) <= 3_000_000
+    tokenizer = AutoTokenizer.from_pretrained(str(parts / "language"))
+    for word in (*vocabulary(), "<user>", "<assistant>", "<image>", "<video>", "<eos>", "<pad>"):
+        (token,) = tokenizer.encode(word, add_special_tokens=False)
+        assert token != tokenizer.unk_token_id and tokenizer.decode([token]) == word
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What colour is it?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
+    ]
+    made = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
+    marked = [token for token, mask in zip(made["input_ids"], made["assistant_masks"], strict=True) if mask]
+    assert tokenizer.convert_ids_to_tokens(marked) == ["red", "<eos>"]
+    assert tokenizer.unk_token_id not in made["input_ids"]
