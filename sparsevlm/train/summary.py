@@ -118,8 +118,8 @@ def print_run(rows: Sequence[StageSummary], console: Console) -> None:
             row.name,
             ", ".join(row.trains),
             *(short(counts[key]) for key in ("total", "trainable", "activated")),
-            f"{row.loss_first:.3f} -> {row.loss_last:.3f}",
-            f"{row.tokens_per_second:,.0f}",
+            f"{row.loss_first:.2f} → {row.loss_last:.2f}",
+            short(row.tokens_per_second),
             f"{row.seconds:.0f}",
         )
     console.print(table)
