@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-WORDS = (
+WORDS = (  # noqa: SIM905
     "what is the color of this picture red green blue yellow a an in it yes no how many one two three four left right "
     "up down square circle big small there and video moves describe answer question ? . , : ! cat dog"
 ).split()
