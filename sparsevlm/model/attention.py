@@ -214,12 +214,12 @@ def _attend_padded(
     ends = torch.tensor(lengths, device=query.device)[:, None]
     gather = (starts + steps.clamp(max=ends - 1)).flatten()  # (D * longest,) padding repeats the last token
     keep = (steps < ends).flatten().nonzero().flatten()  # (T,)
-    rows = [
+    q, k, v = (
         x[0].transpose(0, 1).index_select(0, gather).unflatten(0, (len(lengths), longest)).transpose(1, 2)
         for x in (query, key, value)
-    ]  # (D, h, longest, d) each
+    )  # (D, h, longest, d) each
     with sdpa_kernel(SDPBackend.MATH):
-        output = sdpa_attention_forward(module, *rows, None, **kwargs)[0]  # (D, longest, h, d)
+        output = sdpa_attention_forward(module, q, k, v, None, **kwargs)[0]  # (D, longest, h, d)
     return output.flatten(0, 1).index_select(0, keep)[None]
 
 
