@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
+# DeepSpeed compiles a small extension on first use, behind a lock file that a killed process leaves for ever: tests kill
+# processes on purpose, so each run compiles into a folder of its own (shared by pytest's workers, which inherit it).
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", tempfile.mkdtemp(prefix="sparsevlm-extensions-"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
