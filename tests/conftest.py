@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 
-# DeepSpeed compiles a small extension on first use, behind a lock file that a killed process leaves for ever: tests kill
-# processes on purpose, so each run compiles into a folder of its own (shared by pytest's workers, which inherit it).
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", tempfile.mkdtemp(prefix="sparsevlm-extensions-"))
+# DeepSpeed compiles a small extension on first use, behind a lock file that a killed process leaves for ever, and tests
+# kill processes on purpose: each run compiles into a folder of its own, which pytest's workers inherit.
+if "TORCH_EXTENSIONS_DIR" not in os.environ:
+    os.environ["TORCH_EXTENSIONS_DIR"] = tempfile.mkdtemp(prefix="sparsevlm-extensions-")
+    atexit.register(shutil.rmtree, os.environ["TORCH_EXTENSIONS_DIR"], ignore_errors=True)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
