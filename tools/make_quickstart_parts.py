@@ -8,7 +8,7 @@ the tower sees pictures and never a word, the language model reads words and nev
 * `vision`: a SigLIP tower (64 px, patch 8, width 96, 3 layers). It learns to name, from the mean of its tokens, what
   there is (colour, shape, size, place, number) and, from each token, what covers that patch. The heads are dropped.
 * `language`: a Llama (width 128, 4 layers) with a word-level tokenizer. It learns to answer the questions of the scenes
-  about descriptions: a sentence, or notes on every frame in order.
+  about descriptions: a sentence, or notes on every frame in order; then to compare (yes or no, which of several).
 
 Weights are kept in bfloat16. One core needs about fifteen minutes. Left to the recipe: comparing words (yes/no and
 binding questions), which 600 steps on mixed texts do not teach the language model; everything else it answers.
@@ -17,6 +17,7 @@ binding questions), which 600 steps on mixed texts do not teach the language mod
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -212,6 +213,12 @@ def conversation(seed: int, index: int) -> tuple[str, list[Turn]]:
     return (caption(scene) if rng.random() < 0.25 else notes(rng, scene)), turns
 
 
+def comparison(seed: int, index: int) -> tuple[str, list[Turn]]:
+    """Return a caption and one question that compares it with what is asked."""
+    scene, turns = scene_turns("train", index, seed, ["yes_no", "binding"], turns=1)
+    return caption(scene), turns
+
+
 def make_language(out: Path, steps: int, batch_size: int, seed: int) -> None:
     """Teach a Llama to answer questions about descriptions."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -237,8 +244,7 @@ def make_language(out: Path, steps: int, batch_size: int, seed: int) -> None:
     def tokens(text: str) -> list[int]:
         return [ids[word] for word in text.split()]
 
-    def encode(index: int) -> tuple[list[int], list[int]]:
-        described, turns = conversation(seed, index)
+    def encode(described: str, turns: list[Turn]) -> tuple[list[int], list[int]]:
         row, targets = [], []
         for turn in turns:
             asked = [ids["<user>"], *tokens(described), *tokens(turn.question), ids["<assistant>"]]
@@ -259,12 +265,24 @@ def make_language(out: Path, steps: int, batch_size: int, seed: int) -> None:
         wanted = labels[labels != NOTHING]
         return F.cross_entropy(logits, wanted), {"right": (logits.argmax(-1) == wanted).float().mean().item()}
 
+    def talks(step: int) -> Iterator[tuple[list[int], list[int]]]:
+        return (encode(*conversation(seed, i)) for i in range(step * batch_size, (step + 1) * batch_size))
+
+    def comparisons(step: int) -> Iterator[tuple[list[int], list[int]]]:
+        count = 4 * batch_size
+        return (encode(*comparison(seed + 1, i)) for i in range(step * count, (step + 1) * count))
+
+    train("language", model, steps, 2e-3, lambda step: losses(talks(step)))
+    # Comparing words is learnt only from many short rows of nothing else; then everything together, or it is forgotten.
+    train("comparing", model, steps // 2, 1e-3, lambda step: losses(comparisons(step)))
     train(
-        "language",
+        "together",
         model,
-        steps,
-        2e-3,
-        lambda step: losses(encode(index) for index in range(step * batch_size, (step + 1) * batch_size)),
+        steps // 3,
+        1e-3,
+        lambda step: losses(
+            itertools.chain(talks(steps + step), itertools.islice(comparisons(steps + step), 2 * batch_size))
+        ),
     )
     model.eval().to(torch.bfloat16)
     model.generation_config.pad_token_id = ids["<pad>"]
