@@ -10,8 +10,8 @@ the tower sees pictures and never a word, the language model reads words and nev
 * `language`: a Llama (width 128, 4 layers) with a word-level tokenizer. It learns to answer the questions of the scenes
   about descriptions: a sentence, or notes on every frame in order; then to compare (yes or no, which of several).
 
-Weights are kept in bfloat16. One core needs about twenty minutes. Left to the recipe is `binding` (one of several things),
-which neither the texts here nor the quickstart's steps teach a model of this size.
+Weights are kept in bfloat16. One core needs about twenty minutes. Left to the recipe is `binding` (one of several
+things), which neither the texts here nor the quickstart's steps teach a model of this size.
 """
 
 from __future__ import annotations
