@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 RECIPE = "recipe.yaml"
 LOCK = ".lock"
 DATA_FILES = (".json", ".jsonl", ".parquet")
-WAIT_FOR_LOCK = 30.0
+WAIT_FOR_LOCK = 60.0
 """Seconds that a run waits for the processes of an earlier one, which may just be going down."""
 
 

@@ -316,6 +316,17 @@ class VLMTrainer(SFTTrainer):
             for name, tensor in here.items():
                 tensor.copy_(saved[name])
 
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        """Under DeepSpeed, load the checkpoint here: ours hold no frozen parameters, which transformers insists on."""
+        if not self.is_deepspeed_enabled or resume_from_checkpoint is None:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        engine: Any = self.model_wrapped
+        path, _ = engine.load_checkpoint(str(resume_from_checkpoint), load_module_strict=False)
+        assert path is not None, f"DeepSpeed found nothing in {resume_from_checkpoint}"
+        self._load_optimizer_and_scheduler(str(resume_from_checkpoint))  # the scheduler; the rest is loaded
+        return prepared
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_deepspeed_enabled:
             self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)  # pyright: ignore
