@@ -19,6 +19,7 @@ from sparsevlm.connectors.base import connector_dims, parse_connector
 from sparsevlm.data.sample import IGNORE_INDEX
 from sparsevlm.model import attention
 from sparsevlm.model.configuration_sparsevlm import SparseVLMConfig
+from sparsevlm.model.generation import MEDIA_INPUTS, repeat_media
 from sparsevlm.model.outputs import SparseVLMCausalLMOutput, SparseVLMModelOutput
 from sparsevlm.moe.block import initialize_moe, install_moe, set_implementation
 from sparsevlm.moe.losses import load_balancing_loss
@@ -27,9 +28,6 @@ from sparsevlm.vision.encoder import default_image_size, encode_frames, feature_
 from sparsevlm.vision.tokens import MEDIA_KINDS, Grid, MediaKind, VisualTokens
 
 attention.register()
-
-MEDIA_INPUTS = ("pixel_values", "image_grid_thw", "media_kinds", "media_owners")
-"""Model inputs whose first dimension is frames or visual items, not rows."""
 
 
 class SparseVLMPreTrainedModel(PreTrainedModel):
@@ -374,26 +372,7 @@ class SparseVLMForConditionalGeneration(SparseVLMPreTrainedModel, GenerationMixi
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
         if media and expand_size > 1:
-            owners = media["media_owners"].tolist()
-            frames = media["image_grid_thw"][:, 0].tolist()
-            per_item = media["pixel_values"].split(frames)
-            # Rows are repeated in place (0, 0, 1, 1, ...), so all items of a row follow each other, copy by copy.
-            order = [
-                i for row in sorted(set(owners)) for _ in range(expand_size) for i, o in enumerate(owners) if o == row
-            ]
-            copies = [
-                row * expand_size + copy
-                for row in sorted(set(owners))
-                for copy in range(expand_size)
-                for o in owners
-                if o == row
-            ]
-            index = torch.tensor(order, device=media["image_grid_thw"].device)
-            media["pixel_values"] = torch.cat([per_item[i] for i in order])
-            for key in ("image_grid_thw", "media_kinds"):
-                if key in media:
-                    media[key] = media[key][index]
-            media["media_owners"] = torch.tensor(copies, device=index.device)
+            media = repeat_media(media, expand_size)
         return input_ids, {**model_kwargs, **media}
 
 

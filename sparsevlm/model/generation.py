@@ -1,0 +1,34 @@
+"""Media of a batch that `generate` expands for beams and several return sequences."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MEDIA_INPUTS = ("pixel_values", "image_grid_thw", "media_kinds", "media_owners")
+"""Model inputs whose first dimension is frames or visual items, not rows."""
+
+
+def repeat_media(media: dict[str, Tensor], copies: int) -> dict[str, Tensor]:
+    """Repeat each row's media as `generate` repeats the rows: 0, 0, 1, 1, ….
+
+    Args:
+        media: The inputs of `MEDIA_INPUTS`; ``media_owners`` names the row of each item.
+        copies: How often each row is repeated.
+
+    Returns:
+        The same inputs for the expanded batch: all items of a row follow each other, copy by copy.
+    """
+    owners = media["media_owners"].tolist()
+    frames = media["pixel_values"].split(media["image_grid_thw"][:, 0].tolist())
+    order, rows = [], []
+    for row in sorted(set(owners)):
+        items = [i for i, owner in enumerate(owners) if owner == row]
+        for copy in range(copies):
+            order += items
+            rows += [row * copies + copy] * len(items)
+    index = torch.tensor(order, device=media["image_grid_thw"].device)
+    repeated = {key: value[index] for key, value in media.items() if key in ("image_grid_thw", "media_kinds")}
+    repeated["pixel_values"] = torch.cat([frames[i] for i in order])
+    repeated["media_owners"] = torch.tensor(rows, device=index.device)
+    return repeated
