@@ -187,6 +187,13 @@ def experts_class(gated: bool, bias: bool) -> type[Experts]:
     return use_experts_implementation(experts_interface=_AutocastInterface(), has_gate=gated, has_bias=bias)(kind)  # pyright: ignore
 
 
+for _gated in (True, False):
+    for _bias in (True, False):
+        # Now, and not first while a sharded model is loaded: DeepSpeed's zero.Init would put back the constructor of
+        # the base class when it is done, and with it undo the decorator.
+        experts_class(_gated, _bias)
+
+
 def choose_implementation(name: str, hidden_size: int, intermediate_size: int) -> str:
     """Return the kernel to use, given the one asked for.
 

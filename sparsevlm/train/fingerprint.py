@@ -16,7 +16,8 @@ def stage_inputs(recipe: Recipe, name: str) -> dict[str, Any]:
     The number of processes is not among them, nor is what merely spreads or watches the work.
     """
     stage = recipe.stages[name].model_dump(mode="json", exclude=_NO_EFFECT)
-    stage["batch"].pop("workers", None)
+    for option in ("workers", "rows_per_rank"):
+        stage["batch"].pop(option)
     names = list(recipe.stages)
     return {
         "seed": recipe.seed,

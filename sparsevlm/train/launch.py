@@ -124,9 +124,10 @@ def _check(recipe: Recipe, world_size: int, console: Console) -> None:
         RecipeError: All that was found, each at its line.
     """
     from sparsevlm.model.build import part_config
-    from sparsevlm.train.loader import accumulation_steps
+    from sparsevlm.train.loader import accumulation_steps, fit_rows
     from sparsevlm.train.plan import plan
 
+    recipe = fit_rows(recipe, world_size)
     faults = []
     for name, stage in recipe.stages.items():
         try:

@@ -9,7 +9,21 @@ from torch.utils.data import Sampler
 
 from sparsevlm.data.sample import Encoded
 from sparsevlm.data.skips import Row
-from sparsevlm.recipe.schema import Batch
+from sparsevlm.recipe.schema import Batch, Recipe
+
+
+def fit_rows(recipe: Recipe, world_size: int) -> Recipe:
+    """Return the recipe with as many rows at once on each rank as its steps leave for one.
+
+    A step of 8 rows with 4 at once on one process has 2 at once on each of four. The step stays the same.
+    """
+    stages = {}
+    for name, stage in recipe.stages.items():
+        batch = stage.batch
+        share = batch.rows // world_size  # where this is not whole, `accumulation_steps` says so
+        held = max((n for n in range(1, batch.rows_per_rank + 1) if share % n == 0), default=1) if share else 1
+        stages[name] = stage.model_copy(update={"batch": batch.model_copy(update={"rows_per_rank": held})})
+    return recipe.model_copy(update={"stages": stages})
 
 
 def accumulation_steps(batch: Batch, world_size: int) -> int:
@@ -21,8 +35,8 @@ def accumulation_steps(batch: Batch, world_size: int) -> int:
     at_once = batch.rows_per_rank * world_size
     if batch.rows % at_once:
         raise ValueError(
-            f"batch.rows {batch.rows} is not a multiple of rows_per_rank x ranks = {batch.rows_per_rank} x {world_size}"
-            f" = {at_once}; set batch.rows to a multiple of it, or change rows_per_rank or the number of processes"
+            f"batch.rows {batch.rows} cannot be divided over {world_size} processes with {batch.rows_per_rank} at once "
+            f"on each; set it to a multiple of {at_once}, or change the number of processes"
         )
     return batch.rows // at_once
 

@@ -76,6 +76,7 @@ def run_stage(
     from sparsevlm.train.arguments import set_num_steps, training_arguments
     from sparsevlm.train.callbacks import MetricsWriter, ProgressLine, read_metrics
     from sparsevlm.train.data import make_collator, stage_data
+    from sparsevlm.train.loader import fit_rows
     from sparsevlm.train.parts import count_parameters, select_trainable
     from sparsevlm.train.trainer import VLMTrainer
 
@@ -86,7 +87,8 @@ def run_stage(
     resume = _resume_point(recipe, name, stage_dir, console)
     earlier = read_metrics(stage_dir / METRICS) if resume is not None else []
 
-    args = training_arguments(recipe, name, stage_dir=stage_dir, world_size=world_size(), sharded=sharded)
+    fitted = fit_rows(recipe, world_size())
+    args = training_arguments(fitted, name, stage_dir=stage_dir, world_size=world_size(), sharded=sharded)
     if start is None:
         model, processor = start_model(recipe, name, parent_dir, console)
     else:
@@ -95,7 +97,7 @@ def run_stage(
     parameters = count_parameters(model)
     if main:
         print_trainable(report, name, console)
-    data = stage_data(recipe, name, model, processor, stage_dir / SKIPPED)
+    data = stage_data(fitted, name, model, processor, stage_dir / SKIPPED)
     marker = _marker(recipe, name, sharded, data.fingerprint)
     if resume is not None:
         _check_resume(resume, marker, stage_dir)

@@ -1,7 +1,8 @@
 """The trainer: trl's SFTTrainer with our batches, parts, loss scale and stop on non-finite numbers.
 
-What it leaves out on purpose: trl's entropy and token accuracy. They need the logits of every position, and the model
-projects only positions that have a target.
+What it leaves out on purpose: trl's entropy and token accuracy. On CPU, trl scores every position for them where the
+model projects only those with a target: measured, 4 to 13 % of a step at a vocabulary of 64 and nine times the step at
+49,152.
 """
 
 from __future__ import annotations

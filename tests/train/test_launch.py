@@ -166,7 +166,7 @@ def test_batches_that_do_not_divide_are_named_for_all_stages_at_once(module_part
         train(write_recipe(tmp_path, module_parts), nproc=3)
     for stage in ("align", "moe"):
         assert "recipe.json:1:" in str(error.value)
-        assert f"stages.{stage}.batch.rows: batch.rows 4 is not a multiple" in str(error.value)
+        assert f"stages.{stage}.batch.rows: batch.rows 4 cannot be divided over 3" in str(error.value)
 
 
 def test_what_would_stop_a_later_stage_is_refused_before_the_first(module_parts: Any, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -54,8 +55,22 @@ def single(module_parts: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run directory of one process."""
     directory = tmp_path_factory.mktemp("single")
     torch.set_num_threads(1)
-    train(write_recipe(directory, module_parts, only=["moe"], stage=STAGE))
+    train(write_recipe(directory, module_parts, **with_questions(directory, only=["moe"], stage=STAGE)))
     return directory / "run"
+
+
+def with_questions(directory: Path, **changes: Any) -> dict[str, Any]:
+    """Recipe changes that evaluate the stage on some questions."""
+    questions = [{"id": str(i), "question": "what is a cat ?", "answer": "a", "kind": "animal"} for i in range(4)]
+    file = directory / "questions.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(questions))
+    return {**changes, "evals": {"asked": {"task": "vqa", "path": str(file), "max_new_tokens": 3}}}
+
+
+def answers(run: Path) -> list[str]:
+    """What the model said."""
+    return [json.loads(line)["prediction"] for line in (run / "moe/eval/asked.jsonl").read_text().splitlines()]
 
 
 def assert_alike(one: Path, two: Path, stage: str = "moe", atol: float = 1e-4) -> None:
@@ -87,9 +102,10 @@ def test_some_step_has_a_rank_with_text_only(single: Path, module_parts: Any, tm
     "zero", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 2, 3]
 )
 def test_two_processes_give_the_loss_curve_of_one(single: Path, module_parts: Any, tmp_path: Path, zero: int) -> None:
-    recipe = write_recipe(tmp_path, module_parts, only=["moe"], stage=STAGE, sharding={"zero": zero})
-    train(recipe, nproc=2)
+    changes = with_questions(tmp_path, only=["moe"], stage=STAGE, sharding={"zero": zero})
+    train(write_recipe(tmp_path, module_parts, **changes), nproc=2)
     assert_alike(single, tmp_path / "run")
+    assert answers(tmp_path / "run") == answers(single)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import torch
 
 from sparsevlm.train import checkpoints
 from sparsevlm.train.callbacks import read_metrics
-from sparsevlm.train.loader import StepSampler, accumulation_steps
+from sparsevlm.train.loader import StepSampler, accumulation_steps, fit_rows
 from sparsevlm.train.parts import is_trained
 from sparsevlm.train.trainer import NonFiniteError
 from tests.train.toy import ToyRows, losses, state, toy_recipe, toy_sample, toy_trainer
@@ -343,9 +343,20 @@ def test_a_step_holds_the_same_chunks_on_any_number_of_ranks(world: int, rows_pe
         assert sorted(chunks) == expected
 
 
+@pytest.mark.parametrize(
+    ("rows", "at_once", "world", "fitted"), [(8, 4, 1, 4), (8, 4, 2, 4), (8, 4, 4, 2), (8, 4, 8, 1), (12, 4, 2, 3)]
+)
+def test_more_ranks_hold_fewer_rows_at_once(parts: Any, rows: int, at_once: int, world: int, fitted: int) -> None:
+    recipe = toy_recipe(parts, batch={"rows": rows, "rows_per_rank": at_once})
+    batch = fit_rows(recipe, world).stages["toy"].batch
+    assert batch.rows_per_rank == fitted
+    assert accumulation_steps(batch, world) * fitted * world == rows
+    assert recipe.stages["toy"].batch.rows_per_rank == at_once
+
+
 def test_rows_that_do_not_divide_are_refused() -> None:
     from sparsevlm.recipe.schema import Batch
 
     assert accumulation_steps(Batch(rows=8, rows_per_rank=2), 2) == 2
-    with pytest.raises(ValueError, match="multiple of rows_per_rank x ranks = 2 x 3 = 6"):
+    with pytest.raises(ValueError, match="8 cannot be divided over 3 processes with 2 at once"):
         accumulation_steps(Batch(rows=8, rows_per_rank=2), 3)
