@@ -97,7 +97,7 @@ class Batch(Strict):
     rows: int = Field(default=8, ge=1)
     """Rows an optimizer step over all ranks. A row is a sample, or a pack of samples when packing."""
     rows_per_rank: int = Field(default=1, ge=1)
-    """Rows a rank holds at once; the rest is gradient accumulation."""
+    """Rows a rank holds at once, at most: fewer where more ranks share the step. The rest is gradient accumulation."""
     max_length: int = Field(default=2048, ge=8)
     """Tokens a row, visual ones included. Longer samples are cut, never through a visual block."""
     max_visual_tokens: int | None = Field(default=None, ge=1)
