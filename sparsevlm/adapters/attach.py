@@ -11,6 +11,7 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from sparsevlm.adapters.names import is_adapter_parameter
+from sparsevlm.adapters.prepared import Prepared
 from sparsevlm.adapters.saved import ADAPTER_CONFIG, ADAPTER_WEIGHTS, write_parent
-from sparsevlm.adapters.targets import resolve_targets
 from sparsevlm.recipe.adapter import Adapter
 
 NAME = "default"
 """PEFT's name of the one adapter that a model here has."""
+
+PREPARE = {"lora": "lora", "mma": "mma.prepare"}
+"""Type of a recipe's adapter -> module of this folder whose ``prepare(model, spec)`` returns a `Prepared`."""
 
 _PREFIX = "base_model.model."
 
@@ -49,10 +53,8 @@ class AdapterReport:
     def describe(self) -> str:
         """Return one line for the console."""
         each = ", ".join(f"{target} ({count})" for target, count in self.counts.items())
-        return (
-            f"{self.type} on {len(self.modules)} layers and {len(self.parameters)} stacked weights: {each}; "
-            f"{self.trainable:,} parameters"
-        )
+        stacked = f" and {len(self.parameters)} stacked weights" if self.parameters else ""
+        return f"{self.type} on {len(self.modules)} layers{stacked}: {each}; {self.trainable:,} parameters"
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -74,44 +76,19 @@ def attach(model: Any, spec: Adapter, *, seed: int = 0) -> AdapterReport:
     Raises:
         ValueError: A target matches nothing (`TargetError`), or cannot be adapted as asked.
     """
-    from peft import LoraConfig
-
     assert not has_adapter(model), "an adapter is attached already"
-    targets = resolve_targets(model, spec.targets)
-    _check_tied(model, targets.modules)
-    if targets.parameters and (spec.dropout or spec.dora or spec.init == "orthogonal"):
-        raise ValueError(
-            f"{targets.parameters[0]} is a stacked weight or a router's, where PEFT knows no dropout, dora or "
-            "orthogonal start; take the target out, or these options"
-        )
-    config = LoraConfig(
-        r=spec.r,
-        lora_alpha=spec.alpha,
-        lora_dropout=spec.dropout,
-        use_rslora=spec.rslora,
-        use_dora=spec.dora,
-        init_lora_weights=True if spec.init == "default" else spec.init,
-        target_modules=list(targets.modules),
-        target_parameters=list(targets.parameters) or None,
-    )
+    prepared = _prepare(model, spec)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        _inject(model, config)
-    return AdapterReport(
-        spec.type, targets.counts, targets.modules, targets.parameters, sum(p.numel() for _, p in _weights(model))
-    )
+        _inject(model, prepared.config)
+    trainable = sum(parameter.numel() for _, parameter in _weights(model))
+    return AdapterReport(spec.type, prepared.counts, prepared.modules, prepared.parameters, trainable)
 
 
-def _check_tied(model: Any, modules: tuple[str, ...]) -> None:
-    """Refuse an embedding that is also the head: the head would not see the adapter, or see it twice when merged."""
-    names = {id(module): name for name, module in model.named_modules()}
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    if ends[0].weight is ends[1].weight:
-        found = [names[id(end)] for end in ends if names[id(end)] in modules]
-        if found:
-            raise ValueError(
-                f"{found[0]} shares its weight with the other end of the model and cannot be adapted alone"
-            )
+def _prepare(model: Any, spec: Adapter) -> Prepared:
+    """Have the section's type find its places in the model."""
+    module = import_module(f"sparsevlm.adapters.{PREPARE[spec.type]}")
+    return module.prepare(model, spec)
 
 
 def _inject(model: Any, config: Any) -> None:
@@ -178,7 +155,7 @@ def save_adapter(
     }
     # Sets have another order in every process; equal adapters are to give equal files.
     ordered = {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(fields.items())}
-    text = json.dumps(ordered | {"target_modules": sorted(config.target_modules or [])}, indent=2, default=str)
+    text = json.dumps(ordered, indent=2, default=str)
     (directory / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
     save_file(tensors, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     write_parent(directory, parent, home)

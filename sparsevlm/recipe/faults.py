@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from sparsevlm.recipe.fields import annotation_at, describe, members, section_at
-from sparsevlm.recipe.section import KEY, OptionPath
+from sparsevlm.recipe.fields import annotation_at, describe, members, section_at, sections_in, types_of
+from sparsevlm.recipe.section import KEY, OptionPath, view
 from sparsevlm.recipe.tree import Fault, Located, Position
 from sparsevlm.registry import suggest
 
@@ -75,6 +75,9 @@ def _normalise(loc: OptionPath, kind: str, message: str, tree: Located) -> _Erro
             return _Error(tuple(path), kind, message, None, "", True)
         child = node.child(part) if node is not None else None
         if child is None and not (kind in ("missing", "cross") and i == len(loc) - 1):
+            kind_of = node.child("type") if node is not None else None
+            if kind_of is not None and kind_of.value == part:  # chosen by its type: no other member complains
+                continue
             union, member = tuple(path), str(part)
             continue
         path.append(part)
@@ -100,6 +103,12 @@ def _word(error: _Error, root: type[BaseModel], tree: Located, plain: Any) -> st
         known = list(section.model_fields) if section is not None else []
         hint = suggest(str(error.path[-1]), known)
         return f"unknown option{hint or ' (known: ' + ', '.join(known) + ')'}"
+    if error.kind in ("union_tag_invalid", "union_tag_not_found"):
+        known = [kind for section in sections_in(annotation_at(root, error.path, plain)) for kind in types_of(section)]
+        if error.kind == "union_tag_not_found":
+            return f"give its type: {', '.join(known)}"
+        kind = view(value).get("type")
+        return f"unknown type {show(kind)}{suggest(str(kind), known) or ' (known: ' + ', '.join(known) + ')'}"
     if error.kind == "missing":
         return f"missing, expected {describe(annotation_at(root, error.path, plain))}"
     if error.on_key:
@@ -151,8 +160,8 @@ def faults_of(error: ValidationError, root: type[BaseModel], tree: Located) -> l
             if not one.member.startswith(shape):
                 continue
         on_key = one.on_key or one.kind == "extra_forbidden"
-        at = position_of(tree, one.path, key=on_key)
-        faults.append(Fault(at, _dotted(one.path), _word(one, root, tree, plain)))
+        path = (*one.path, "type") if one.kind == "union_tag_invalid" else one.path
+        faults.append(Fault(position_of(tree, path, key=on_key), _dotted(path), _word(one, root, tree, plain)))
     return faults
 
 

@@ -31,14 +31,28 @@ def accepts_null(annotation: Any) -> bool:
 
 
 def section_at(annotation: Any, value: Any) -> type[BaseModel] | None:
-    """Return the model whose fields a mapping there has: a recipe section, or the spec of a connector block."""
-    for member in members(annotation):
-        if member == ConnectorBlock:
-            kind = value.get("type") if isinstance(value, dict) else None
-            return CONNECTOR_BLOCKS.get(str(kind)) if kind in CONNECTOR_BLOCKS.names() else None
-        if isinstance(member, type) and issubclass(member, BaseModel):
-            return member
-    return None
+    """Return the model whose fields a mapping there has: a recipe section, or the spec of a connector block.
+
+    Of several sections it is the one that the mapping's `type` names.
+    """
+    kind = value.get("type") if isinstance(value, dict) else None
+    if ConnectorBlock in members(annotation):
+        return CONNECTOR_BLOCKS.get(str(kind)) if kind in CONNECTOR_BLOCKS.names() else None
+    sections = sections_in(annotation)
+    if len(sections) > 1:  # told apart by their type
+        return next((section for section in sections if kind in types_of(section)), None)
+    return sections[0] if sections else None
+
+
+def sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """Return the sections that an option may be."""
+    return [member for member in members(annotation) if isinstance(member, type) and issubclass(member, BaseModel)]
+
+
+def types_of(section: type[BaseModel]) -> tuple[str, ...]:
+    """Return the values of a section's `type`, for those that are told apart by it."""
+    known = section.model_fields.get("type")
+    return get_args(known.annotation) if known is not None else ()
 
 
 def _child(annotation: Any, key: str | int, value: Any) -> Any:
@@ -85,7 +99,7 @@ def describe(annotation: Any) -> str:
     literals = [value for member in members(annotation) if get_origin(member) is Literal for value in get_args(member)]
     words = [" | ".join(_literal(value) for value in literals)] if literals else []
     words += [_describe_one(member) for member in members(annotation) if get_origin(member) is not Literal]
-    return " or ".join(words)
+    return " or ".join(dict.fromkeys(words))
 
 
 def _literal(value: Any) -> str:

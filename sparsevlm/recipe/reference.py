@@ -96,9 +96,10 @@ def _table(section: type[BaseModel], skip: tuple[str, ...] = ()) -> str:
 
 def _takes(field: FieldInfo) -> str:
     text = _cell(describe(field.annotation))
-    for section in _inner(field.annotation):
+    linked = [f"[{section.__name__}](#{section.__name__.lower()})" for section in _inner(field.annotation)]
+    if linked:
         noun = "mappings" if "mappings" in text else "mapping"
-        text = text.replace(noun, f"[{section.__name__}](#{section.__name__.lower()})", 1).replace("a [", "[")
+        text = text.replace(noun, " or ".join(linked), 1).replace("a [", "[")
     if "connector block" in text:
         text = text.replace("connector blocks", "[connector blocks](#connector-blocks)")
     bounds = []

@@ -8,15 +8,15 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
-from sparsevlm.recipe.adapter import Adapter, Lora, adapter_faults, trains_beside
+from sparsevlm.recipe.adapter import Adapter, adapter_faults, order_faults, trains_beside
 from sparsevlm.recipe.model import ConnectorBlock, Language, Model, Video, Vision
 from sparsevlm.recipe.moe import LayerChoice, Router, Upcycle
 from sparsevlm.recipe.section import KEY, CrossFault, Origin, Positive, Strict, names, number, view
 from sparsevlm.registry import DATA_FORMATS, EVAL_TASKS, UnknownNameError, suggest
 
 __all__ = [
-    "Adapter", "Batch", "ConnectorBlock", "Eval", "Language", "LayerChoice", "Lora", "Mixture", "Model", "Optim",
-    "Part", "Recipe", "Router", "Sharding", "Source", "Stage", "Strict", "Upcycle", "Video", "Vision",
+    "Adapter", "Batch", "ConnectorBlock", "Eval", "Language", "LayerChoice", "Mixture", "Model", "Optim", "Part",
+    "Recipe", "Router", "Sharding", "Source", "Stage", "Strict", "Upcycle", "Video", "Vision",
 ]  # fmt: skip
 
 Part = Literal["vision", "connector", "language", "embeddings", "ffn", "moe", "moe.router", "moe.experts", "adapter"]
@@ -331,6 +331,7 @@ class Recipe(Strict):
                 if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):  # no dot: overrides address by dotted path
                     yield (section, name, KEY), f"a name has letters, digits, '_' and '-' only, got {name!r}"
         sources, tasks = view(raw.get("data")), names(raw.get("evals"))
+        yield from ((("stages", *at), what) for at, what in order_faults(view(raw.get("stages"))))
         upcycled = ""
         for name, value in view(raw.get("stages")).items():
             stage, at = view(value), ("stages", name)

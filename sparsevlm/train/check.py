@@ -226,7 +226,7 @@ class ModelCheck:
             try:
                 attach(model, stage.adapter)
             except TargetError as error:
-                targets = stage.adapter.targets
+                targets = getattr(stage.adapter, "targets", [])
                 at = ("targets", targets.index(error.target)) if "targets" in stage.adapter.model_fields_set else ()
                 self.fault(("stages", name, "adapter", *at), error)
                 return False

@@ -125,7 +125,7 @@ def run_stage(
         dataset=data,
         collator=make_collator(processor, packed=data.packed),
         optim=stage.optim,
-        lora_plus_ratio=1.0 if stage.adapter is None else stage.adapter.lora_plus_ratio,
+        lora_plus_ratio=getattr(stage.adapter, "lora_plus_ratio", 1.0),
         stage_dir=stage_dir,
         marker=marker,
         callbacks=[MetricsWriter(stage_dir / METRICS), progress, *balance_callbacks(model)],

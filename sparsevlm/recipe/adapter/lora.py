@@ -1,17 +1,19 @@
-"""The adapter sections of a recipe: small trained additions to frozen weights."""
+"""`adapter: {type: lora}`: low-rank additions to frozen matrices."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from sparsevlm.recipe.section import CrossFault, Strict, names, number, view
+from sparsevlm.recipe.section import CrossFault, Strict, names, number
 
 
 class Lora(Strict):
     """Low-rank additions to frozen matrices, W + (alpha / r) B A, through PEFT (Hu et al., arXiv:2106.09685)."""
+
+    mergeable: ClassVar[bool] = True
 
     type: Literal["lora"]
     """Kind of adapter."""
@@ -63,27 +65,3 @@ class Lora(Strict):
         rank = number(raw.get("r", 16))
         if raw.get("init") == "orthogonal" and rank is not None and rank % 2:
             yield ("init",), f"'init: orthogonal' needs an even r, got {rank:g}"
-
-
-Adapter = Lora
-"""What `adapter` of a stage may be, told apart by `type`."""
-
-
-def trains_beside(adapter: Any) -> list[str]:
-    """Return what trains beside an adapter where nothing is said: the connector, unless it is adapted itself."""
-    return ["adapter"] if "connector" in names(view(adapter).get("targets")) else ["adapter", "connector"]
-
-
-def adapter_faults(trains: list[str], adapter: Any, parts: Sequence[str]) -> Iterator[CrossFault]:
-    """Yield what does not go together in `trains` and `adapter` of a stage; ``parts`` are all parts there are."""
-    if adapter is None:
-        if "adapter" in trains:
-            yield ("trains", trains.index("adapter")), "this stage has no 'adapter'; give it one"
-        return
-    if trains and "adapter" not in trains:
-        yield ("trains",), "this stage has an 'adapter' that it does not train: name it"
-    for i, part in enumerate(trains):
-        if part in parts and part not in ("adapter", "connector"):
-            yield ("trains", i), f"only the connector can train in full beside an adapter, not {part!r}"
-        elif part == "connector" and "connector" in names(view(adapter).get("targets")):
-            yield ("trains", i), "the connector is a target of the adapter: train it in full or adapt it, not both"

@@ -1,0 +1,23 @@
+"""The mixture-of-modality adapter of a recipe as PEFT's configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sparsevlm.adapters.mma.config import MmaConfig
+from sparsevlm.adapters.mma.places import find_places
+from sparsevlm.adapters.prepared import Prepared
+from sparsevlm.recipe.adapter import Mma
+
+
+def prepare(model: Any, spec: Mma) -> Prepared:
+    """Find the attentions that a section adapts.
+
+    Raises:
+        ValueError: Layers or widths that the model does not have.
+    """
+    config = MmaConfig(**spec.model_dump(exclude={"type"}))
+    places = tuple(find_places(model, config))
+    tower = sum(name.startswith("model.vision_tower.") for name in places)
+    counts = {"language.attention": len(places) - tower, "vision.attention": tower}
+    return Prepared(config, {part: count for part, count in counts.items() if count}, places)

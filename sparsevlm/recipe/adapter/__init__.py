@@ -1,0 +1,56 @@
+"""The adapter sections of a recipe: small trained additions to frozen weights, told apart by `type`.
+
+A file a type. Every section has `mergeable`, which says whether a following stage may start from it: the adapter is
+merged into the weights then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from sparsevlm.recipe.adapter.lora import Lora
+from sparsevlm.recipe.adapter.mma import Mma
+from sparsevlm.recipe.section import CrossFault, names, view
+
+__all__ = ["ADAPTERS", "Adapter", "Lora", "Mma", "adapter_faults", "order_faults", "trains_beside"]
+
+Adapter = Annotated[Lora | Mma, Field(discriminator="type")]
+"""What `adapter` of a stage may be."""
+
+ADAPTERS: dict[str, Any] = {"lora": Lora, "mma": Mma}
+"""Type -> section."""
+
+
+def trains_beside(adapter: Any) -> list[str]:
+    """Return what trains beside an adapter where nothing is said: the connector, unless it is adapted itself."""
+    return ["adapter"] if "connector" in names(view(adapter).get("targets")) else ["adapter", "connector"]
+
+
+def adapter_faults(trains: list[str], adapter: Any, parts: Sequence[str]) -> Iterator[CrossFault]:
+    """Yield what does not go together in `trains` and `adapter` of a stage; ``parts`` are all parts there are."""
+    if adapter is None:
+        if "adapter" in trains:
+            yield ("trains", trains.index("adapter")), "this stage has no 'adapter'; give it one"
+        return
+    if trains and "adapter" not in trains:
+        yield ("trains",), "this stage has an 'adapter' that it does not train: name it"
+    for i, part in enumerate(trains):
+        if part in parts and part not in ("adapter", "connector"):
+            yield ("trains", i), f"only the connector can train in full beside an adapter, not {part!r}"
+        elif part == "connector" and "connector" in names(view(adapter).get("targets")):
+            yield ("trains", i), "the connector is a target of the adapter: train it in full or adapt it, not both"
+
+
+def order_faults(stages: dict[str, Any]) -> Iterator[CrossFault]:
+    """Yield adapters that no stage can follow and that one follows; paths start at a stage's name."""
+    kinds = {name: view(view(stage).get("adapter")).get("type") for name, stage in stages.items()}
+    for (name, kind), after in zip(kinds.items(), list(kinds)[1:]):
+        if kind in ADAPTERS and not ADAPTERS[kind].mergeable:
+            yield (
+                (name, "adapter"),
+                f"what {kind!r} adds depends on the input and cannot be merged, so stage {after!r} cannot start from "
+                "this one; put this stage last",
+            )

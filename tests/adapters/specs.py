@@ -1,0 +1,58 @@
+"""One small recipe section for every type of adapter, which the common tests run over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsevlm.adapters.names import is_adapter_parameter
+from sparsevlm.recipe.adapter import Lora, Mma
+
+
+@dataclass(frozen=True)
+class Case:
+    """How the common tests use a type.
+
+    Attributes:
+        name: Of the test.
+        section: For a dense model.
+        sparse: For an upcycled one, where that is another.
+        unreached: Parts of names that no gradient reaches, with the reason.
+    """
+
+    name: str
+    section: Any
+    sparse: Any = None
+    unreached: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def type(self) -> str:
+        """Type of the adapter."""
+        return self.section.type
+
+    def on(self, upcycled: bool) -> Any:
+        """Return the section for a model."""
+        return self.sparse if upcycled and self.sparse is not None else self.section
+
+
+SPECS: tuple[Case, ...] = (
+    Case(
+        "lora",
+        Lora(type="lora", r=4, targets=["language", "vision"]),
+        Lora(type="lora", r=4, targets=["language", "vision", "moe.experts", "moe.router"]),
+    ),
+    Case("dora", Lora(type="lora", r=4, dora=True, rslora=True, targets=["language", "vision"])),
+    Case("mma", Mma(type="mma", dropout=0.0)),
+)
+
+
+def stir(model: nn.Module, seed: int = 3) -> None:
+    """Give every adapter parameter that starts at zero a value, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if is_adapter_parameter(name) and not parameter.any():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
