@@ -74,7 +74,10 @@ def write_parent(directory: Path, parent: Path, home: Path | None = None) -> Non
 
 
 def read_parent(directory: Path) -> dict[str, Any]:
-    """Return ``{"path", "relative", "sha256"}`` of an adapter directory.
+    """Return what `parent.json` of an adapter directory says.
+
+    ``{"path", "relative", "sha256"}`` of one that was trained here; of one that was uploaded ``{"sha256"}`` with
+    ``"relative"`` where the model lies beside the adapter, or ``"hub": {"repo", "revision", "folder"}``.
 
     Raises:
         ValueError: It does not say what it was trained on.
@@ -85,7 +88,21 @@ def read_parent(directory: Path) -> dict[str, Any]:
             f"{directory} holds an adapter without {PARENT}, which names the model that it was trained on; adapters of "
             "other tools are loaded with PEFT"
         )
-    return json.loads(file.read_text(encoding="utf-8"))
+    record = json.loads(file.read_text(encoding="utf-8"))
+    known = (
+        isinstance(record, dict) and "sha256" in record and any(key in record for key in ("path", "relative", "hub"))
+    )
+    if not known:
+        raise ValueError(f"{file}: expected sha256 of a model with its path, relative or hub; was it edited?")
+    return record
+
+
+def parent_name(record: dict[str, Any]) -> str:
+    """Return what to call the model of a `parent.json` in a message."""
+    if "path" in record:
+        return record["path"]
+    hub = record.get("hub") or {}
+    return "/".join(filter(None, (hub.get("repo"), hub.get("folder")))) or record["relative"]
 
 
 def find_parent(directory: Path, base: str | Path | None = None) -> Path:
@@ -94,30 +111,42 @@ def find_parent(directory: Path, base: str | Path | None = None) -> Path:
     Args:
         directory: The adapter's.
         base: Look here instead (a directory, or a Hub id); default: where the adapter says, first by the path from the
-            adapter's own directory (a run may have been moved), then by the full one.
+            adapter's own directory (a run may have been moved), then by the full one, then on the Hub.
 
     Raises:
         ValueError: It is not there, or holds other weights.
     """
     record = read_parent(directory)
-    places = [Path(base)] if base is not None else [directory / record["relative"], Path(record["path"])]
+    told = [
+        *([directory / record["relative"]] if "relative" in record else []),
+        *map(Path, filter(None, [record.get("path")])),
+    ]
+    places = told if base is None else [Path(base)]
     found = next((place for place in places if place.is_dir()), None)
+    if found is None and base is None and "hub" in record:
+        found = _download(**record["hub"])
     if found is None:
-        named = str(base if base is not None else record["path"])
+        named = str(base if base is not None else parent_name(record))
         if named.count("/") != 1 or named.startswith((".", "/", "~")):
             raise ValueError(
-                f"the adapter in {directory} was trained on the model in {record['path']}, which is not there"
+                f"the adapter in {directory} was trained on the model in {parent_name(record)}, which is not there"
                 + (f" (nor is {base})" if base is not None else "")
                 + "; pass the directory that holds it now as base"
             )
-        from huggingface_hub import snapshot_download
-
-        found = Path(snapshot_download(named))
+        found = _download(named)
     if is_adapter(found):
         raise ValueError(f"{found} holds an adapter itself; pass the whole model that {directory} was trained on")
     if weights_hash(found) != record["sha256"]:
         raise ValueError(
             f"the adapter in {directory} was trained on other weights than those in {found} (their hashes differ); "
-            f"it was trained on {record['path']} as it was then. Pass that model as base, or train the adapter anew"
+            f"those were {parent_name(record)} as it was then. Pass that model as base, or train the adapter anew"
         )
     return found
+
+
+def _download(repo: str, revision: str | None = None, folder: str | None = None) -> Path:
+    """Return a model of the Hub, downloaded if need be; of a folder only that."""
+    from huggingface_hub import snapshot_download
+
+    wanted = None if folder is None else [f"{folder}/*"]
+    return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted), *filter(None, [folder]))

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsevlm import __version__
+from sparsevlm.export.card_adapter import adapter_summary, adapter_usage, is_ours, is_pefts_own, method_of
 from sparsevlm.export.hub_files import Source, safetensors_header
 from sparsevlm.export.hub_scan import text_without_paths
 from sparsevlm.recipe.load import recipe_text
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
+
+    from sparsevlm.export.hub_adapter import Base
 
 TEMPLATE = "card.md.jinja"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -46,19 +49,23 @@ def hub_id(path: object, *, local: bool = True) -> str | None:
     return None if local and (Path(path).exists() or Path(path).parent.is_dir()) else path
 
 
-def make_card(source: Source, repo: str, license: str | None = None) -> str:
+def make_card(
+    source: Source, repo: str, license: str | None = None, *, revision: str | None = None, base: Base | None = None
+) -> str:
     """Write the card.
 
     Args:
-        source: The model.
+        source: The model or adapter.
         repo: ``OWNER/NAME`` of the repository.
         license: Licence of the model, as the Hub spells it; None leaves it out: it is the owner's to give.
+        revision: Branch that it goes to; None for `main`.
+        base: Where the model of an adapter is; None for a whole model.
     """
     import jinja2
 
     recipe = source.recipe or {}
     native = source.config.get("model_type") not in ("sparsevlm", "sparsevlm_text")
-    text_only = "vision_config" not in source.config
+    text_only = bool(source.config) and "vision_config" not in source.config
     evals, eval_stages = _evaluations(source.stages)
     yaml = text_without_paths(recipe_text(recipe)).rstrip("\n") if recipe else ""
     versions = source.record.get("versions", {})
@@ -68,16 +75,23 @@ def make_card(source: Source, repo: str, license: str | None = None) -> str:
         trim_blocks=True,
         keep_trailing_newline=True,
     )
+    summary = _summary(source, text_only) if source.config else ""
+    usage = _usage(repo, revision, native, text_only)
+    install = "" if native else "`import sparsevlm` makes the class known to transformers; install the package first."
+    if base is not None:
+        summary = adapter_summary(source, base, summary)
+        usage, install = adapter_usage(source, repo, revision, base, _CONTINUE if text_only else _ASK)
+    if "step" in source.record:
+        summary += f"\n\nThis is a checkpoint, at step {source.record['step']} of stage {source.record.get('stage')}."
     return environment.get_template(TEMPLATE).render(
-        metadata=metadata(source, repo, license, native=native, text_only=text_only),
+        metadata=metadata(source, repo, license, native=native, text_only=text_only, base=base),
         title=repo.split("/")[-1],
-        summary=_summary(source, text_only),
+        summary=summary,
+        verb="Made" if base is None or is_ours(source) else "Uploaded",
         version=__version__,
         versions=", ".join(f"{name} {versions[name]}" for name in _SHOWN_VERSIONS if name in versions),
-        usage=_usage(repo, native, text_only),
-        install=""
-        if native
-        else "`import sparsevlm` makes the class known to transformers; install the package first.",
+        usage=usage,
+        install=install,
         parameters=_parameters(source),
         parents=_parents(recipe),
         stages=_stages(source),
@@ -89,25 +103,33 @@ def make_card(source: Source, repo: str, license: str | None = None) -> str:
     )
 
 
-def metadata(source: Source, repo: str, license: str | None, *, native: bool, text_only: bool) -> str:
+def metadata(
+    source: Source, repo: str, license: str | None, *, native: bool, text_only: bool, base: Base | None = None
+) -> str:
     """Return the YAML header of the card."""
     from huggingface_hub import ModelCardData
 
     recipe = source.recipe or {}
     parts = recipe.get("model", {})
-    bases = [base for part in ("vision", "language") if (base := hub_id(parts.get(part, {}).get("path")))]
+    bases = [found for part in ("vision", "language") if (found := hub_id(parts.get(part, {}).get("path")))]
     trained = _trained_on(source)
     sets = {name: hub_id(cell.get("path")) for name, cell in recipe.get("data", {}).items() if name in trained}
     results = _results(source)
-    tags = ["sparsevlm", *([] if text_only else ["vision-language"])]
+    tags = ["sparsevlm"] if base is None or is_ours(source) else []
+    tags += [] if text_only or not source.config else ["vision-language"]
     tags += ["mixture-of-experts", "moe"] if _experts(source.config) else []
-    extra = {"base_model_relation": "finetune"} if bases else {}
+    library, task = "transformers" if native else "sparsevlm", "text-generation" if text_only else _TASK
+    if base is not None:
+        bases = bases if base.beside else [base.repo]
+        tags.append(method_of(source).replace("_", "-").lower())
+        library, task = "peft" if is_pefts_own(source) else "sparsevlm", task if source.config else None
+    extra = {"base_model_relation": "finetune" if base is None else "adapter"} if bases else {}
     data = ModelCardData(
         base_model=list(dict.fromkeys(bases)) or None,
         datasets=list(dict.fromkeys(name for name in sets.values() if name)) or None,
         license=license,
-        library_name="transformers" if native else "sparsevlm",
-        pipeline_tag="text-generation" if text_only else _TASK,
+        library_name=library,
+        pipeline_tag=task,
         tags=tags,
         metrics=["accuracy"] if results else None,
         eval_results=results or None,
@@ -186,15 +208,16 @@ def _summary(source: Source, text_only: bool) -> str:
     return f"{words} {which} {experts['of']} experts in place of the FFN; a token takes {experts['top']} of them."
 
 
-def _usage(repo: str, native: bool, text_only: bool) -> str:
+def _usage(repo: str, revision: str | None, native: bool, text_only: bool) -> str:
     """Return code that loads the model and asks it something."""
     lines = [] if native else ["import sparsevlm  # before the Auto classes are used", ""]
     auto, reader = ("CausalLM", "Tokenizer") if text_only else ("ImageTextToText", "Processor")
+    at = f', revision="{revision}"' if revision else ""
     lines += [
         f"from transformers import AutoModelFor{auto}, Auto{reader}",
         "",
-        f'model = AutoModelFor{auto}.from_pretrained("{repo}", dtype="auto")',
-        f'{reader.lower()} = Auto{reader}.from_pretrained("{repo}")',
+        f'model = AutoModelFor{auto}.from_pretrained("{repo}"{at}, dtype="auto")',
+        f'{reader.lower()} = Auto{reader}.from_pretrained("{repo}"{at})',
     ]
     return "\n".join([*lines, _CONTINUE if text_only else _ASK])
 
@@ -202,7 +225,8 @@ def _usage(repo: str, native: bool, text_only: bool) -> str:
 def _parameters(source: Source) -> list[list[str]]:
     """Return the rows of the table of parameters; only the total where no training recorded more."""
     if not source.stages or "parameters" not in source.stages[-1]:
-        return [["model", f"{_stored(source.model):,}", "not recorded"]]
+        what = "model" if source.adapter is None else "adapter"
+        return [[what, f"{_stored(source.model):,}", "not recorded"]]
     counts = source.stages[-1]["parameters"]
     inner = counts.get("language_model")
     rows = [["model", f"{counts['total']:,}", f"{counts['activated']:,}"]]
@@ -211,7 +235,7 @@ def _parameters(source: Source) -> list[list[str]]:
 
 def _stored(folder: Path) -> int:
     """Count the numbers in the weight files."""
-    headers = [safetensors_header(file) for file in folder.glob("model*.safetensors")]
+    headers = [safetensors_header(file) for file in folder.glob("*model*.safetensors")]
     return sum(math.prod(cell["shape"]) for header in headers for key, cell in header.items() if key != "__metadata__")
 
 

@@ -11,11 +11,11 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sparsevlm.export.hub_files import Item, stale
 from sparsevlm.export.hub_scan import mask
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 ATTEMPTS = 6
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
 _MAIN = "main"
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,16 @@ class Pushed:
         sent: Names of the files in the commit.
         unchanged: Names of the files that were there already.
         removed: Names of the files of another model that the commit removed.
+        commit: The commit that now holds all of them.
+        endpoint: Address of the Hub.
     """
 
     url: str
     sent: tuple[str, ...]
     unchanged: tuple[str, ...]
     removed: tuple[str, ...]
+    commit: str = ""
+    endpoint: str = ""
 
 
 def check_repo(repo: str, revision: str | None) -> None:
@@ -98,16 +103,10 @@ def upload(
         ValueError: The Hub refuses, with what to do.
         OSError: It could not be reached, or was not well, `ATTEMPTS` times in a row.
     """
-    from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.errors import RepositoryNotFoundError
 
     check_repo(repo, revision)
-    if constants.HF_HUB_OFFLINE:
-        raise ValueError("HF_HUB_OFFLINE is set, and a push needs the network: run it with HF_HUB_OFFLINE=0")
-    token = token or get_token()
-    if token is None:
-        raise ValueError("no token of the Hub: run `hf auth login` with a token that may write, or set HF_TOKEN")
-    api = HfApi(endpoint=endpoint, token=token)
+    api, token = _api(token, endpoint)
     branch = revision or _MAIN
 
     def attempt() -> Pushed:
@@ -129,6 +128,71 @@ def upload(
         return _persist(attempt, repo, branch, token, pause, tell)
 
 
+def _api(token: str | None, endpoint: str | None) -> tuple[HfApi, str]:
+    """Return the client and the token that it uses.
+
+    Raises:
+        ValueError: There is no token, or the network is switched off.
+    """
+    from huggingface_hub import HfApi, constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError("HF_HUB_OFFLINE is set, and a push needs the network: run it with HF_HUB_OFFLINE=0")
+    token = token or get_token()
+    if token is None:
+        raise ValueError("no token of the Hub: run `hf auth login` with a token that may write, or set HF_TOKEN")
+    return HfApi(endpoint=endpoint, token=token), token
+
+
+def find_commit(
+    repo: str,
+    revision: str | None,
+    folder: str | None,
+    weights: Mapping[str, Path],
+    *,
+    token: str | None = None,
+    endpoint: str | None = None,
+    pause: Callable[[float], None] = time.sleep,
+    tell: Callable[[str], None] = lambda line: None,
+) -> str:
+    """Return the commit of a model on the Hub, having compared its weights with files on this machine.
+
+    Args:
+        repo: ``OWNER/NAME``.
+        revision: Branch or commit; default `main`.
+        folder: Folder of the repository that holds it; None for its root.
+        weights: Weight files that it must hold, by name.
+        token: As for `upload`, as are the following.
+        endpoint: Address of the Hub.
+        pause: Waits between attempts.
+        tell: Told what goes wrong meanwhile.
+
+    Raises:
+        ValueError: It is not there, or holds other weights.
+        OSError: The Hub could not be reached.
+    """
+    from huggingface_hub.hf_api import RepoFile
+
+    api, token = _api(token, endpoint)
+
+    def attempt() -> str:
+        commit = api.model_info(repo, revision=revision).sha
+        files = api.list_repo_tree(repo, path_in_repo=folder, recursive=True, revision=commit)
+        present = {file.path: file for file in files if isinstance(file, RepoFile)}
+        for name, file in weights.items():
+            there = present.get("/".join(filter(None, (folder, name))))
+            if there is None or not _is(Item(name, file, file.stat().st_size), there):
+                raise ValueError(
+                    f"{repo} at {revision or _MAIN} is not the model that the adapter was trained on: its {name} is "
+                    f"{'missing' if there is None else 'another'} (compared with {file}). Name the right one with "
+                    "--base OWNER/NAME@REVISION"
+                )
+        return str(commit)
+
+    with _quiet_client():
+        return _persist(attempt, repo, revision or _MAIN, token, pause, tell)
+
+
 def _commit(api: HfApi, items: Sequence[Item], repo: str, branch: str, message: str) -> Pushed:
     """Send what the branch does not hold and commit it; an attempt, which may follow one that got halfway."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
@@ -141,14 +205,15 @@ def _commit(api: HfApi, items: Sequence[Item], repo: str, branch: str, message: 
     removed = stale(present, items)
     new = [item for item in items if item.name not in same]
     if not new and not removed:
-        return Pushed(f"{api.endpoint}/{repo}", (), tuple(same), ())
+        return Pushed(f"{api.endpoint}/{repo}", (), tuple(same), (), str(head), api.endpoint)
     additions = [CommitOperationAdd(item.name, item.content) for item in new]
     for addition in additions:
         if addition.path_in_repo.endswith(".safetensors"):  # one after the other: what has arrived stays there
             api.preupload_lfs_files(repo, [addition], revision=branch, num_threads=1)
     operations = [*additions, *(CommitOperationDelete(name) for name in removed)]
     made = api.create_commit(repo, operations, commit_message=message, revision=branch, parent_commit=head)
-    return Pushed(made.commit_url, tuple(item.name for item in new), tuple(same), tuple(removed))
+    sent = tuple(item.name for item in new)
+    return Pushed(made.commit_url, sent, tuple(same), tuple(removed), made.oid, api.endpoint)
 
 
 def _is(item: Item, file: Any) -> bool:
@@ -172,13 +237,13 @@ def _digest(item: Item, hasher: Any) -> str:
 
 
 def _persist(
-    attempt: Callable[[], Pushed],
+    attempt: Callable[[], _T],
     repo: str,
     branch: str,
     token: str,
     pause: Callable[[float], None],
     tell: Callable[[str], None],
-) -> Pushed:
+) -> _T:
     """Try until it works, waiting longer each time; what cannot pass by waiting is raised at once."""
     wait = 1.0
     for number in range(1, ATTEMPTS + 1):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparsevlm.adapters.saved import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PARENT, find_parent, is_adapter
 from sparsevlm.export.hub_scan import Secret, secrets_in, text_without_paths, without_paths
 from sparsevlm.recipe.load import recipe_text
 from sparsevlm.rundir import SUMMARY, complete_stages, resolve_model
@@ -42,6 +43,10 @@ _RECORDS = ("recipe.yaml", "metrics.jsonl", "routing.json", SUMMARY, "report.htm
 _LEGAL = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
 _PLAIN = (*_CONFIGS, *_TOKENIZER, *_RECORDS, *_LEGAL)
 _BINARY = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+_ADAPTER = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, PARENT)
+_TEMPLATES = "additional_chat_templates"
+BASE = "base"
+"""Folder of an upload that holds the model which the adapter beside it belongs to."""
 _UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 
 
@@ -62,7 +67,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Source:
-    """A model directory and the run that it is part of.
+    """A model or adapter directory and the run that it is part of.
 
     Attributes:
         model: The directory.
@@ -70,7 +75,10 @@ class Source:
         recipe: The recipe without paths of this machine, or None.
         stages: Rows of `summary.json` up to this stage.
         record: `stage.json`; empty where there is none.
-        config: `config.json` without paths of this machine.
+        config: `config.json` without paths of this machine; of an adapter, that of its base where that is here.
+        adapter: `adapter_config.json` without paths of this machine; None for a whole model.
+        base: The directory of the model that an adapter was trained on; None where only the adapter's own
+            configuration names it, as those of other tools do.
     """
 
     model: Path
@@ -79,13 +87,16 @@ class Source:
     stages: list[dict[str, Any]]
     record: dict[str, Any]
     config: dict[str, Any]
+    adapter: dict[str, Any] | None = None
+    base: Path | None = None
 
 
 def read_source(path: str | Path) -> Source:
     """Open what the `push` command was given.
 
     Raises:
-        ValueError: It is no run and no model on this machine, or a file of it cannot be read.
+        ValueError: It is no run, model or adapter on this machine, or a file of it cannot be read; an adapter's base is
+            not here or not the one that it was trained on.
     """
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
@@ -93,10 +104,15 @@ def read_source(path: str | Path) -> Source:
     model = Path(resolve_model(path))
     if not model.is_dir():
         raise ValueError(f"{path}: is on the Hub already, or nowhere: no such directory here. Give a run or a model")
-    if not (model / "config.json").is_file():
-        raise ValueError(
-            f"{model}: has no config.json; `push` uploads whole models. The weights of an adapter alone are not one"
-        )
+    adapter = base = None
+    if is_adapter(model):
+        if (model / "config.json").is_file():
+            raise ValueError(f"{model}: holds a model (config.json) and an adapter ({ADAPTER_CONFIG}); keep them apart")
+        adapter = without_paths(_json(model / ADAPTER_CONFIG), parts=2)
+        base = find_parent(model) if (model / PARENT).is_file() else None
+    elif not (model / "config.json").is_file():
+        raise ValueError(f"{model}: has neither config.json nor {ADAPTER_CONFIG}; give a run, a model or an adapter")
+    described = base if adapter is not None else model
     recipe = None
     if (model / "recipe.yaml").is_file():
         try:
@@ -113,7 +129,9 @@ def read_source(path: str | Path) -> Source:
         without_paths(recipe),
         _stages_until(run, model.name if run is None else model.resolve().name, record),
         without_paths(record),
-        without_paths(_json(model / "config.json"), parts=2),
+        without_paths(_json(described / "config.json"), parts=2) if described is not None else {},
+        adapter,
+        base,
     )
 
 
@@ -136,33 +154,75 @@ def _json(file: Path) -> dict[str, Any]:
     return value
 
 
-def collect(source: Source) -> tuple[list[Item], list[str]]:
+def collect(source: Source, written: Mapping[str, bytes] | None = None) -> tuple[list[Item], list[str]]:
     """Return the files to upload in order of name, and the names of what stays here.
 
     Only names on a list are taken: weights in safetensors, configuration, tokenizer, the records of the training.
 
+    Args:
+        source: The model or adapter.
+        written: Files of an adapter that are written anew (`hub_adapter.adapter_files`).
+
     Raises:
         ValueError: Weights are missing or not safetensors, or a file holds something secret.
     """
-    folder = source.model
+    folder, written = source.model, written or {}
     here = {file.name: file for file in sorted(folder.iterdir()) if file.is_file()}
-    weights = _weights(folder, here)
+    weights = _weights(folder, here) if source.adapter is None else _adapter_weights(folder, here)
     chosen = {name: here[name] for name in (*weights, *_PLAIN) if name in here}
-    templates = folder / "additional_chat_templates"
+    templates = folder / _TEMPLATES
     chosen |= {f"{templates.name}/{file.name}": file for file in sorted(templates.glob("*.jinja"))}
-    left = [name for name in here if name not in chosen]
+    left = [name for name in here if name not in chosen and name not in written]
     left += [f"{child.name}/" for child in sorted(folder.iterdir()) if child.is_dir() and child != templates]
     chosen |= _of_run(source)
     found = [secret for name, file in chosen.items() for secret in _secrets(name, file)]
+    found += [secret for name, data in written.items() for secret in secrets_in(data.decode().splitlines(), name)]
+    refuse_secrets(found)
+    places = [Path.home(), Path.cwd(), folder.resolve(), *([source.run] if source.run else [])]
+    items = [Item(name, data, len(data)) for name, data in written.items()]
+    items += [_item(name, file, _content(name, file, source, places)) for name, file in sorted(chosen.items())]
+    return sorted(items, key=lambda item: item.name), left
+
+
+def base_items(source: Source) -> list[Item]:
+    """Return the files of an adapter's base, in the folder `BASE`: what loads it, without records.
+
+    Raises:
+        ValueError: Weights are missing, or a file holds something secret.
+    """
+    folder = source.base
+    assert folder is not None
+    here = {file.name: file for file in sorted(folder.iterdir()) if file.is_file()}
+    chosen = {name: here[name] for name in (*_weights(folder, here), *_CONFIGS, *_TOKENIZER, *_LEGAL) if name in here}
+    chosen |= {f"{_TEMPLATES}/{file.name}": file for file in sorted((folder / _TEMPLATES).glob("*.jinja"))}
+    refuse_secrets([secret for name, file in chosen.items() for secret in _secrets(f"{BASE}/{name}", file)])
+    places = [Path.home(), Path.cwd(), folder.resolve()]
+    return [_item(f"{BASE}/{name}", file, _content(name, file, source, places)) for name, file in chosen.items()]
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """Return the files that hold a model's weights, by name.
+
+    Raises:
+        ValueError: They are not all there.
+    """
+    names = _weights(folder, {file.name: file for file in folder.iterdir() if file.is_file()})
+    return {name: folder / name for name in names if name != _INDEX}
+
+
+def refuse_secrets(found: list[Secret]) -> None:
+    """Refuse an upload that holds what looks like a secret.
+
+    Raises:
+        ValueError: It does.
+    """
     if found:
         where = "\n".join(f"  {secret}" for secret in found)
         raise ValueError(f"nothing was sent: these files hold what looks like a secret\n{where}\nremove it there first")
-    places = [Path.home(), Path.cwd(), folder.resolve(), *([source.run] if source.run else [])]
-    items = []
-    for name, file in sorted(chosen.items()):
-        content = _content(name, file, source, places)
-        items.append(Item(name, content, file.stat().st_size if isinstance(content, Path) else len(content)))
-    return items, left
+
+
+def _item(name: str, file: Path, content: Path | bytes) -> Item:
+    return Item(name, content, file.stat().st_size if isinstance(content, Path) else len(content))
 
 
 def stale(present: Iterable[str], items: Iterable[Item]) -> list[str]:
@@ -177,8 +237,18 @@ def stale(present: Iterable[str], items: Iterable[Item]) -> list[str]:
 
 def _decides(name: str) -> bool:
     """Tell whether a file of that name takes part in what is loaded, or tells how it was made."""
-    known = name in (_SINGLE, _INDEX, *_CONFIGS, *_TOKENIZER, *_RECORDS)
-    return known or bool(_SHARD.fullmatch(name)) or name.startswith("additional_chat_templates/")
+    name = name.removeprefix(f"{BASE}/")
+    known = name in (_SINGLE, _INDEX, *_ADAPTER, *_CONFIGS, *_TOKENIZER, *_RECORDS)
+    return known or bool(_SHARD.fullmatch(name)) or name.startswith(f"{_TEMPLATES}/")
+
+
+def _adapter_weights(folder: Path, here: Mapping[str, Path]) -> list[str]:
+    """Return the name of an adapter's weight file."""
+    if ADAPTER_WEIGHTS in here:
+        return [ADAPTER_WEIGHTS]
+    others = [name for name in here if name.startswith("adapter_model")]
+    told = f" (found {', '.join(others)}: load it with PEFT and save it again)" if others else ""
+    raise ValueError(f"{folder}: holds {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}{told}")
 
 
 def _weights(folder: Path, here: Mapping[str, Path]) -> list[str]:

@@ -269,7 +269,7 @@ def load_model(
             f"({', '.join(lacking[:4])}{', …' if len(lacking) > 4 else ''}); they would be random. Was it written to "
             "the end?"
         )
-    processor = SparseVLMProcessor.from_pretrained(str(path))
+    processor = SparseVLMProcessor.from_pretrained(str(path), revision=kwargs.get("revision") or "main")
     set_attention(model, attention)
     return model, processor
 

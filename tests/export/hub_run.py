@@ -115,3 +115,34 @@ def make_run(folder: Path, shard: str | None = None) -> Path:
         (align / name).write_text("{}")
     (align / "stage.json").write_text(json.dumps({"stage": "align", "summary": rows[0]}))
     return folder
+
+
+def add_adapter(run: Path, name: str = "lora", section: Any = None) -> Path:
+    """Add a complete stage to a run of `make_run` whose adapter, on the model of stage `moe`, is not at its start."""
+    import torch
+
+    from sparsevlm.adapters.attach import attach, save_adapter
+    from sparsevlm.model.build import load_model
+    from sparsevlm.recipe.adapter import Lora
+    from sparsevlm.train.parts import select_trainable
+
+    model, processor = load_model(run / "moe")
+    attach(model, section or Lora(type="lora", r=4, targets=["language.attention", "moe.experts", "vision"]))
+    select_trainable(model, ["adapter", "connector"])
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    stage = run / name
+    save_adapter(model, stage, run / "moe")
+    processor.save_pretrained(stage)
+    with (stage / "recipe.yaml").open("w") as stream:
+        YAML(typ="safe", pure=True).dump(recipe(), stream)
+    rows = json.loads((run / "summary.json").read_text())["stages"]
+    rows.append(row(name, trains=["adapter", "connector"]))
+    (run / "summary.json").write_text(json.dumps({"stages": rows}))
+    (stage / "stage.json").write_text(json.dumps({"stage": name, "finished": "now", "summary": rows[-1]}))
+    (stage / "metrics.jsonl").write_text('{"step": 1, "loss": 3.25}\n')
+    (stage / "COMPLETE").write_text("{}")
+    return stage

@@ -9,11 +9,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import socket
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -106,6 +108,19 @@ class Hub:
     def sent(self, method: str, pattern: str) -> list[int]:
         """Return the sizes of the bodies of requests of a kind."""
         return [size for m, path, size in self.requests if m == method and re.search(pattern, path)]
+
+
+def environment_of(hub: Hub, home: Path, token: str = GOOD) -> dict[str, str]:
+    """Return the environment of a process that knows this Hub alone, and nothing of it yet."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    return kept | {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(home / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": token,
+        "NO_PROXY": "127.0.0.1",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def blob(data: bytes) -> File:

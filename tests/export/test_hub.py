@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from typer.testing import CliRunner
 from sparsevlm.cli import app
 from sparsevlm.export import hub
 from tests.export.hub_run import MODEL_FILES, make_run
-from tests.export.hub_server import GOOD, READER, Hub
+from tests.export.hub_server import GOOD, READER, Hub, environment_of
 from tests.tiny import picture
 
 EVERYTHING = MODEL_FILES | {"README.md", "model.safetensors"}
@@ -28,25 +27,6 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("hub") / "run", shard="50kB")
-
-
-@pytest.fixture
-def server(monkeypatch):
-    """A Hub; the client may reach it, by git LFS, and does not really wait between its own attempts."""
-    import time
-
-    from huggingface_hub import constants
-    from huggingface_hub.utils import close_session
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    sleep = time.sleep
-    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.01)))
-    close_session()
-    with Hub() as server:
-        yield server
-    close_session()
 
 
 def push(server, path, repo="me/tiny", token: str | None = GOOD, **options):
@@ -287,15 +267,8 @@ def test_command_line_and_cold_cache(sharded, tmp_path):
     from sparsevlm.model.build import load_model
 
     picture().save(tmp_path / "picture.jpg")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     with Hub() as server:
-        environment |= {
-            "HF_ENDPOINT": server.endpoint,
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_HUB_DISABLE_XET": "1",
-            "NO_PROXY": "127.0.0.1",
-            "OMP_NUM_THREADS": "1",
-        }
+        environment = environment_of(server, tmp_path)
 
         def start(*arguments, token):
             words = [sys.executable, *map(str, arguments)]

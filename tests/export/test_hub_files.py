@@ -199,11 +199,10 @@ def test_a_model_that_is_not_whole_is_refused(run, tmp_path):
         hub.prepare(folder / "moe", "me/tiny")
 
 
-def test_an_adapter_alone_is_refused(run, tmp_path):
+def test_a_model_and_an_adapter_in_one_folder_are_refused(run, tmp_path):
     folder = copy(run, tmp_path)
-    (folder / "moe" / "config.json").unlink()
     (folder / "moe" / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="uploads whole models"):
+    with pytest.raises(ValueError, match="keep them apart"):
         hub.prepare(folder, "me/tiny")
 
 
