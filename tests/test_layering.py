@@ -14,6 +14,7 @@ LAYERS: dict[str, int] = {
     "vision.tokens": 1,
     "data": 1,
     "surgery": 2,
+    "recompute": 2,
     "vision.preprocess": 2,
     "vision.encoder": 2,
     "moe": 2,
@@ -33,8 +34,8 @@ LAYERS: dict[str, int] = {
 }
 """Folder or file (dotted, below the package) -> layer."""
 
-SHARED = {"vision.tokens", "surgery"}
-"""The noun and the hook: single files that their own layer may import too."""
+SHARED = {"vision.tokens", "surgery", "recompute"}
+"""The noun, the hook and what a forward pass knows: single files that their own layer may import too."""
 
 OUTSIDE = {"", "autoclasses", "vision"}
 """The package's own `__init__`, what it calls, and a folder that spans layers: they import nothing that has a layer."""

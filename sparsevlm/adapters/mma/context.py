@@ -1,23 +1,21 @@
 """Which modality each token's sample has, for the length of one forward pass.
 
-It lives in a context variable, since it is a property of the forward pass and not of the model. A checkpointed layer is
-run again during backward, where the variable is not set (on GPUs even in another thread), so the function that
-recomputes carries the values of its own forward pass along.
+It lives in a context variable, since it is a property of the forward pass and not of the model (see `recompute`).
 
 Legend: B rows, T tokens a row, P paths, M modalities.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from sparsevlm.recompute import carried, carry_to_recomputation, not_recomputed, setting
 
 TEXT, IMAGE, VIDEO = 0, 1, 2
 """Modality of a sample without media, with pictures, with video (the last counts as a picture where M is 2)."""
@@ -58,7 +56,7 @@ class ModalityRouting:
         return weights[self.ids.to(weights.device)]
 
 
-_ROUTING: ContextVar[ModalityRouting | None] = ContextVar("sparsevlm_mma_routing", default=None)
+_ROUTING: ContextVar[ModalityRouting | None] = carried("sparsevlm_mma_routing")
 _GIVEN: ContextVar[Tensor | None] = ContextVar("sparsevlm_mma_given", default=None)
 
 
@@ -69,11 +67,8 @@ def use_modality(ids: Tensor) -> Iterator[None]:
     Args:
         ids: ``(B,)`` or, for packed rows, ``(B, T)``; 0 text, 1 image, ….
     """
-    token = _GIVEN.set(ids)
-    try:
+    with setting(_GIVEN, ids):
         yield
-    finally:
-        _GIVEN.reset(token)
 
 
 def given_modality() -> Tensor | None:
@@ -109,67 +104,21 @@ def current_routing(layer: str) -> ModalityRouting:
 
 @contextmanager
 def collecting() -> Iterator[Mapping[str, Tensor]]:
-    """Collect each layer's weights while the modalities themselves run through the decoder."""
+    """Collect each layer's weights while the modalities themselves, M tokens, run through the decoder."""
     routing = ModalityRouting(ids=None)
-    token = _ROUTING.set(routing)
-    try:
+    with not_recomputed(), setting(_ROUTING, routing):
         yield routing.weights
-    finally:
-        _ROUTING.reset(token)
 
 
-def carry_to_recomputation(decoder: nn.Module) -> None:
-    """Wrap the functions by which a decoder's layers are checkpointed, wherever they were set, once.
+def carry_weights(decoder: nn.Module) -> None:
+    """Have the recomputations of a decoder's layers see the weights of their forward pass.
 
     Raises:
         ValueError: Layers are recomputed in a way that the weights cannot travel to.
     """
-    # Heavy, and only a model that trains with checkpointing needs it.
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layers: list[Any] = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers and getattr(decoder, "is_gradient_checkpointing", False):
+    functions = carry_to_recomputation(decoder, "the samples' modality", "use an mma adapter with routing='token'")
+    if any(getattr(function, "keywords", {}).get("use_reentrant") for function in functions):
         raise ValueError(
-            f"mma: the layers of {type(decoder).__name__} are no GradientCheckpointingLayer of transformers, so their "
-            "recomputation cannot know the samples' modality: turn gradient checkpointing off, or use routing='token'"
+            "mma: reentrant gradient checkpointing would run the modalities' graph backward once a layer; use "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}"
         )
-    for layer in layers:
-        if not layer.gradient_checkpointing:
-            continue
-        chain = list(_chain(layer._gradient_checkpointing_func))
-        if getattr(chain[-1], "keywords", {}).get("use_reentrant"):
-            raise ValueError(
-                "mma: reentrant gradient checkpointing would run the modalities' graph backward once a layer; use "
-                "gradient_checkpointing_kwargs={'use_reentrant': False}"
-            )
-        if not any(isinstance(function, _Carrying) for function in chain):
-            layer._gradient_checkpointing_func = _Carrying(chain[0])
-
-
-def _chain(function: Any) -> Iterator[Any]:
-    """Yield a checkpointing function and those it wraps: others carry things, too."""
-    while function is not None:
-        yield function
-        function = getattr(function, "checkpoint", None)
-
-
-class _Carrying:
-    """A checkpointing function whose recomputations see the weights that the forward pass saw."""
-
-    def __init__(self, checkpoint: Callable[..., Any]) -> None:
-        self.checkpoint = checkpoint
-
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        routing = _ROUTING.get()
-        if routing is not None and routing.collecting:
-            return function(*args)  # M tokens: nothing worth recomputing
-        return self.checkpoint(partial(_with_routing, routing, function), *args, **kwargs)
-
-
-def _with_routing(routing: ModalityRouting | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a function with the weights set."""
-    token = _ROUTING.set(routing)
-    try:
-        return function(*args, **kwargs)
-    finally:
-        _ROUTING.reset(token)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from sparsevlm.adapters.mma.context import (
     ModalityRouting,
-    carry_to_recomputation,
+    carry_weights,
     collecting,
     running,
     set_running,
@@ -158,7 +158,7 @@ class _Start:
         if ids is None:
             ids = sample_modality(module, inputs, holder.mma_settings[name][0].modalities, self.text_only)
         if decoder.training and torch.is_grad_enabled():
-            carry_to_recomputation(decoder)
+            carry_weights(decoder)
         usable = cached and known is not None and known.name == name and not torch.is_grad_enabled()
         weights = known.weights if usable and known is not None else _run_modalities(decoder, holder, name)
         set_running(ModalityRouting(ids, weights, owner=module))
