@@ -7,26 +7,22 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sparsevlm.export.folder import copy_files, refuse_full, refuse_in_use, written_aside
-from sparsevlm.export.merge_adapter import find_base, open_adapter
+from sparsevlm.export.merge_adapter import AdapterFolder, find_base, find_common_base, open_adapter
 from sparsevlm.export.merge_base import Base
+from sparsevlm.export.merge_combine import Recipe, combine, make_recipe
 from sparsevlm.export.merge_deltas import Edit, Edits
 from sparsevlm.export.merge_read import read_edits
+from sparsevlm.export.merge_report import MergeReport
 from sparsevlm.export.shards import Entry, ShardWriter, parse_size, total_bytes
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from sparsevlm.export.merge_check import MergeCheck
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 """`auto`: each weight keeps the type that the base stores it in."""
@@ -35,48 +31,12 @@ _BALANCE_BIAS = "e_score_correction_bias"
 """Stays in float32, whatever the type of the weights: it moves in steps that 16 bits would lose."""
 
 
-@dataclass(frozen=True)
-class MergeReport:
-    """What was done.
-
-    Attributes:
-        adapter: As the user named it.
-        method: LoRA, rsLoRA or DoRA.
-        base: The base's name.
-        base_class: Its class.
-        identity: How the base is known to be the right one.
-        low_rank: Weights with a low-rank change.
-        replaced: Weights that were replaced: modules that trained in full.
-        carried: Stored tensors that stay as they are.
-        idle: Of `low_rank`, those whose B is zero: never trained.
-        untied: Two tied weights are two tensors now.
-        dtype: The type that most weights have.
-        files: Weight files written.
-        nbytes: Their size.
-        check: The comparison of logits, None where that was not looked at.
-    """
-
-    adapter: str
-    method: str
-    base: str
-    base_class: str
-    identity: str
-    low_rank: int
-    replaced: int
-    carried: int
-    idle: int
-    untied: bool
-    dtype: str
-    files: int
-    nbytes: int
-    check: MergeCheck | None = None
-
-
 def merge_adapter(
-    adapter: str,
+    adapter: str | Sequence[str],
     out: Path,
     *,
     base: str | None = None,
+    recipe: Recipe | None = None,
     dtype: Dtype = "auto",
     max_shard_size: str = "5GB",
     untie: bool = False,
@@ -84,29 +44,36 @@ def merge_adapter(
 ) -> MergeReport:
     """Write the model that computes what a base with its adapter does.
 
-    Reads and writes weight by weight: in memory are the adapter, one weight and its change. Everything is written to a
+    Reads and writes weight by weight: in memory are the adapters, one weight and its change. Everything is written to a
     hidden directory beside ``out`` that takes its name at the very end. The same arguments give the same bytes.
 
     Args:
-        adapter: Directory or Hub id of a LoRA adapter.
+        adapter: Directory or Hub id of a LoRA adapter; or of several, trained on one base.
         out: Directory to write; must not exist, or be empty.
         base: The model that the adapter was trained on; default: what the adapter names.
+        recipe: How several are combined (`merge_combine.make_recipe`); default: the mean of their changes.
         dtype: Type of the weights.
         max_shard_size: Largest weight file, ``5GB``.
         untie: Give the output embeddings a tensor of their own where the adapter changes one of two tied weights.
         check: Load both models at the end, in float32, and compare their logits.
 
     Raises:
-        ValueError: Anything that the arguments cause: ``out`` is in use, the adapter has no merged form or does not fit
-            the base, the base is quantised or another one, the disk is too small, or the logits differ.
+        ValueError: Anything that the arguments cause: ``out`` is in use, an adapter has no merged form or does not fit
+            the base, adapters cannot be combined, the base is quantised or another one, the disk is too small, or the
+            logits differ.
     """
+    names = [adapter] if isinstance(adapter, str) else list(adapter)
+    if recipe is None and len(names) > 1:
+        recipe = make_recipe(len(names))
     refuse_in_use(out)
     limit = parse_size(max_shard_size)
-    source = open_adapter(adapter)
-    name, directory, identity = find_base(source, base)
+    sources = [open_adapter(name) for name in names]
+    name, directory, identity = find_base(sources[0], base) if len(sources) == 1 else find_common_base(sources, base)
     with ExitStack() as stack, torch.no_grad():
         opened = stack.enter_context(Base(name, directory))
-        job = _Job(opened, read_edits(source, opened), None if dtype == "auto" else getattr(torch, dtype), untie)
+        found = [(source.name, read_edits(source, opened)) for source in sources]
+        edits = found[0][1] if recipe is None else combine(found, recipe)
+        job = Job(opened, edits, None if dtype == "auto" else getattr(torch, dtype), untie)
         refuse_full(out, total_bytes(job.plan.values()))
         with written_aside(out) as partial:
             writer = ShardWriter(partial, job.plan, limit)
@@ -115,37 +82,55 @@ def merge_adapter(
                 writer.write(key, tensor)
             writer.finish()
             copy_files(directory, partial)
-            copy_files(source.directory, partial)  # it was trained with its own tokenizer and chat template
+            copy_files(sources[0].directory, partial)  # it was trained with its own tokenizer and chat template
+            notes = _other_files(sources, partial)
             job.write_config(partial)
             measured = None
             if check:
-                from sparsevlm.export.merge_check import compare
+                from sparsevlm.export.merge_check import compare, compare_combined
 
-                measured = compare(opened, source, partial, job.dtype)
-    method = "DoRA" if job.edits.dora else "rsLoRA" if source.config.get("use_rslora") else "LoRA"
+                if recipe is None:
+                    measured = compare(opened, sources[0], partial, job.dtype)
+                else:
+                    measured = compare_combined(opened, job.by_name, job.separated, partial, job.dtype)
+    method = "DoRA" if edits.dora else "rsLoRA" if sources[0].config.get("use_rslora") else "LoRA"
     return MergeReport(
-        adapter=adapter,
-        method=method,
+        adapter=" + ".join(names),
+        method=method if recipe is None else recipe.describe(),
         base=name,
         base_class=opened.model_class.__name__,
         identity=identity,
-        low_rank=job.edits.low_rank,
-        replaced=job.edits.replaced,
+        low_rank=edits.low_rank,
+        replaced=edits.replaced,
+        mixed=sum(bool(edit.mixed and not edit.changes) for edit in edits.by_name.values()),
         carried=job.carried,
-        idle=job.edits.idle,
+        idle=edits.idle,
         untied=job.separated,
         dtype=str(job.dtype).removeprefix("torch."),
         files=len(set(writer.files.values())),
         nbytes=total_bytes(job.plan.values()),
+        notes=notes,
         check=measured,
     )
 
 
-class _Job:
+def _other_files(sources: Sequence[AdapterFolder], out: Path) -> tuple[str, ...]:
+    """Tell which files of further adapters (tokenizer, chat template) are others than those that were copied."""
+    notes: list[str] = []
+    for source in sources[1:]:
+        files = (file for file in source.directory.iterdir() if file.is_file() and (out / file.name).is_file())
+        differ = sorted(file.name for file in files if file.read_bytes() != (out / file.name).read_bytes())
+        if differ:
+            notes.append(f"{', '.join(differ)}: {source.name} has others than {sources[0].name}, whose were kept")
+    return tuple(notes)
+
+
+class Job:
     """One merging: what is read, what is made of it, and the plan of what is written.
 
     Attributes:
         edits: What changes.
+        by_name: Name in the base -> what becomes of that weight, ties settled.
         dtype: Type of the result.
         plan: Key on disk -> shape and type, in the order of the base.
         separated: Two tied weights are two tensors now.
@@ -158,10 +143,10 @@ class _Job:
         self._dtype, self.dtype = dtype, dtype or base.dtype
         self.separated = False
         self.untied: dict[str, tuple[str, Edit | None]] = {}
-        self._by_name = dict(edits.by_name)
+        self.by_name = dict(edits.by_name)
         for name, other in base.tied.items():
             self._settle_tie(name, other, untie)
-        self._owner = {key: name for name in self._by_name for key in base.keys(name)}
+        self._owner = {key: name for name in self.by_name for key in base.keys(name)}
         entries = base.reader.entries
         self.carried = len(entries.keys() - self._owner.keys())
         for key, name in self._owner.items():
@@ -185,7 +170,7 @@ class _Job:
                 yield key, self._rounded(key, self.base.reader.read(key))
             elif name not in done:
                 done.add(name)
-                yield from self._merged(name, self._by_name[name])
+                yield from self._merged(name, self.by_name[name])
         for key, (source, edit) in self.untied.items():
             weight = self.base.reader.read(source)
             yield key, self._rounded(key, weight if edit is None else edit.apply(weight))
@@ -211,13 +196,13 @@ class _Job:
 
     def _settle_tie(self, name: str, other: str, untie: bool) -> None:
         """Decide what becomes of two names that share one tensor, when the adapter changes it under one of them."""
-        ours, theirs = self._by_name.get(name), self._by_name.get(other)
+        ours, theirs = self.by_name.get(name), self.by_name.get(other)
         if ours is None and theirs is None:
             return
         if (ours and ours.follows) or (theirs and theirs.follows) or self._agree(name, ours, theirs):
             shared = theirs if theirs is not None and not theirs.follows else ours
             assert shared is not None
-            self._by_name[name] = self._by_name[other] = shared  # one key as a rule, and both where both are stored
+            self.by_name[name] = self.by_name[other] = shared  # one key as a rule, and both where both are stored
             return
         if not untie:
             changed = f"{name} and {other} differently" if ours and theirs else f"{other if theirs else name} alone"
@@ -231,7 +216,7 @@ class _Job:
         if len(stored) == 1:  # and not two tensors already, which only have to be told apart
             (key,) = stored
             missing = other if self.base.untied_key(name) == key else name
-            self.untied[self.base.untied_key(missing)] = (key, self._by_name.pop(missing, None))
+            self.untied[self.base.untied_key(missing)] = (key, self.by_name.pop(missing, None))
 
     def _agree(self, name: str, ours: Edit | None, theirs: Edit | None) -> bool:
         """Whether two edits of one tensor come to the same, but for the order of sums."""
@@ -256,8 +241,8 @@ class _Job:
                 yield key, self._rounded(key, piece)
         else:
             raise ValueError(
-                f"{self.base.name} stores {name} in pieces, into which DoRA cannot be merged one by one; use "
-                "PeftModel.from_pretrained(model, ADAPTER).merge_and_unload()"
+                f"{self.base.name} stores {name} in pieces, into which DoRA, or the whole weights of several adapters, "
+                "cannot be merged one by one; use PeftModel.from_pretrained(model, ADAPTER).merge_and_unload()"
             )
 
     def _stored_as(self, key: str, dtype: torch.dtype) -> torch.dtype:
@@ -277,21 +262,3 @@ class _Job:
         if dtype == torch.float16 and not torch.isfinite(rounded).all():
             raise ValueError(f"{key} overflows in float16 once merged; pass --dtype bfloat16 or float32")
         return rounded
-
-
-def print_report(report: MergeReport, out: Path, console: Console) -> None:
-    """Print what was done."""
-    lines = [f"{report.method} {report.adapter} -> {report.base} ({report.base_class})", f"base: {report.identity}"]
-    lines.append(
-        f"weights: {report.low_rank} merged, {report.replaced} replaced, {report.carried} as they were; computed in "
-        f"float32, stored in {report.dtype}"
-    )
-    if report.idle:
-        lines.append(f"note: {report.idle} of {report.low_rank} have B = 0, as at the start: they never trained")
-    if report.untied:
-        lines.append("untied: input and output embeddings are two tensors now; config.json says so")
-    lines += ["logits: not compared"] if report.check is None else report.check.describe()
-    files = "1 file" if report.files == 1 else f"{report.files} files"
-    lines.append(f"wrote {out} ({report.nbytes / 1e6:.1f} MB of weights in {files})")
-    for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsevlm.adapters.saved import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PARENT, find_parent, is_adapter, read_parent
+from sparsevlm.adapters.saved import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    PARENT,
+    find_parent,
+    is_adapter,
+    parent_name,
+    read_parent,
+)
 from sparsevlm.export.source import fetch
 from sparsevlm.rundir import COMPLETE, complete_stages
 
@@ -103,7 +112,11 @@ def find_base(adapter: AdapterFolder, base: str | None) -> tuple[str, Path, str]
     if (directory / PARENT).is_file():
         record = read_parent(directory)
         if base is not None and _is_quantised(directory / str(record.get("relative"))):
-            return base, _whole(base), f"not verified: the adapter was trained on a quantised copy ({record['path']})"
+            return (
+                base,
+                _whole(base),
+                f"not verified: the adapter was trained on a quantised copy ({parent_name(record)})",
+            )
         found = find_parent(directory, None if base is None else _whole(base)).resolve()
         return base or str(found), found, "the weights that the adapter was trained on (hash)"
     named = base or adapter.config.get("base_model_name_or_path")
@@ -119,6 +132,35 @@ def find_base(adapter: AdapterFolder, base: str | None) -> tuple[str, Path, str]
             f"--base ({error})"
         ) from error
     return named, found, f"not verified: the adapter has no {PARENT}; names and shapes fit"
+
+
+def find_common_base(adapters: Sequence[AdapterFolder], base: str | None) -> tuple[str, Path, str]:
+    """Return what `find_base` does, for several adapters that have to be of one model.
+
+    Raises:
+        ValueError: See `find_base`, or they were trained on different models.
+    """
+    first = adapters[0]
+    records = {a.name: read_parent(a.directory) for a in adapters if (a.directory / PARENT).is_file()}
+    for name, record in records.items():
+        other, expected = next(iter(records.items()))
+        if record["sha256"] != expected["sha256"]:
+            raise _different(other, str(expected["path"]), name, str(record["path"]))
+    found = [find_base(adapter, base) for adapter in adapters]
+    for adapter, (name, directory, _) in zip(adapters, found, strict=True):
+        same_weights = {first.name, adapter.name} <= records.keys()  # of a model that may be there twice
+        if not same_weights and directory.resolve() != found[0][1].resolve():
+            raise _different(first.name, found[0][0], adapter.name, name)
+    name, directory, _ = found[0]
+    unsure = [identity for *_, identity in found if identity.startswith("not verified")]
+    return name, directory, unsure[0] if unsure else found[0][2]
+
+
+def _different(first: str, its_base: str, second: str, other_base: str) -> ValueError:
+    return ValueError(
+        f"{first} was trained on {its_base}, but {second} on {other_base}: changes of different models cannot be "
+        "combined. Pass adapters of one model, or merge them one by one"
+    )
 
 
 def _find(name: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from sparsevlm.export.check import HALF_TOLERANCE, TOLERANCE, picture
 if TYPE_CHECKING:
     from sparsevlm.export.merge_adapter import AdapterFolder
     from sparsevlm.export.merge_base import Base
+    from sparsevlm.export.merge_deltas import Edit
 
 ROWS, TOKENS = 2, 32
 """Size of the sample of random tokens."""
@@ -77,6 +79,47 @@ def compare(base: Base, adapter: AdapterFolder, result: Path, dtype: torch.dtype
     wanted = _logits(unmerged, samples)
     with unmerged.disable_adapter():
         before = _logits(unmerged, samples)
+    return _judged(merged, wanted, before, what, dtype)
+
+
+@torch.no_grad()
+def compare_combined(
+    base: Base, edits: Mapping[str, Edit], separated: bool, result: Path, dtype: torch.dtype
+) -> MergeCheck:
+    """As `compare`, with what several adapters come to put into the base's weights in memory, in float32.
+
+    Args:
+        base: The base.
+        edits: What becomes of each weight, by name.
+        separated: Tied embeddings are two tensors in the result.
+        result: The directory that was written.
+        dtype: Type of its weights.
+
+    Raises:
+        ValueError: They differ by more than rounding.
+    """
+    samples, what = _samples(base, result)
+    kernel = _kernel(base)
+    merged = _logits(_load(base, result, kernel), samples)
+    gc.collect()
+    model = _load(base, base.directory, kernel)
+    before = _logits(model, samples)
+    if separated:
+        head = model.get_output_embeddings()
+        head.weight = torch.nn.Parameter(head.weight.clone())
+    known: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    done: set[int] = set()
+    for name, edit in edits.items():
+        if id(known[name]) not in done:  # two names of one tensor have one edit
+            done.add(id(known[name]))
+            known[name].copy_(edit.apply(known[name]))
+    return _judged(merged, _logits(model, samples), before, what, dtype)
+
+
+def _judged(
+    merged: list[Tensor], wanted: list[Tensor], before: list[Tensor], what: str, dtype: torch.dtype
+) -> MergeCheck:
+    """Compare logits, and refuse a difference that rounding does not explain."""
     differences = torch.cat([(got - want).abs().flatten() for got, want in zip(merged, wanted, strict=True)])
     changes = torch.cat([(want - was).abs().flatten() for want, was in zip(wanted, before, strict=True)])
     found = MergeCheck(

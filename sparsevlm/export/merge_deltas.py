@@ -6,10 +6,39 @@ layouts of PEFT 0.21: ``peft/tuners/lora/layer.py`` and ``dora.py``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+class Change(Protocol):
+    """What an adapter, or several, add to a weight."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        ...
+
+    @property
+    def magnitude(self) -> Tensor | None:
+        """DoRA's length of each output's row: the change is no sum then."""
+        ...
+
+    @property
+    def idle(self) -> bool:
+        """Whether it changes nothing: B is zero, as at the start."""
+        ...
+
+    def delta(self) -> Tensor:
+        """Return what is added, in the weight's shape and float32, without DoRA's rescaling."""
+        ...
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """Return the merged weight in float32."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -33,6 +62,11 @@ class LowRank:
     stacked: bool = False
     transposed: bool = False
     magnitude: Tensor | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether B is zero, as at the start."""
+        return not self.b.any()
 
     def delta(self) -> Tensor:
         """Return ``scaling * B A`` in the weight's shape and float32, without DoRA's rescaling."""
@@ -61,13 +95,16 @@ class Edit:
     Attributes:
         value: It is replaced: a module that trained in full.
         changes: Low-rank changes.
+        mixed: What several adapters make of it other than by low rank, each with its weight: their weighted changes
+            are added.
         rows: Some rows are replaced: ``(indices, rows)``, of single tokens that trained.
         shift: It is added: the bias of LoRA's B.
         follows: PEFT keeps it equal to the weight that it is tied to.
     """
 
     value: Tensor | None = None
-    changes: list[LowRank] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
+    mixed: list[tuple[float, Edit]] = field(default_factory=list)
     rows: tuple[Tensor, Tensor] | None = None
     shift: Tensor | None = None
     follows: bool = False
@@ -77,6 +114,10 @@ class Edit:
         merged = weight if self.value is None else self.value
         for change in self.changes:
             merged = change.apply(merged)
+        if self.mixed:
+            start, merged = weight.float(), merged.float()
+            for share, edit in self.mixed:
+                merged = merged + share * (edit.apply(weight).float() - start)
         if self.shift is not None:
             merged = merged.float() + self.shift.float()
         if self.rows is not None:
@@ -86,7 +127,8 @@ class Edit:
     @property
     def is_sum(self) -> bool:
         """Whether the merged weight is the old one plus something that does not depend on it."""
-        return self.rows is None and self.value is None and all(change.magnitude is None for change in self.changes)
+        plain = self.rows is None and self.value is None and not self.mixed
+        return plain and all(change.magnitude is None for change in self.changes)
 
     def total(self) -> Tensor:
         """Return that something."""
@@ -111,3 +153,16 @@ class Edits:
     replaced: int
     idle: int
     dora: bool
+
+    @classmethod
+    def of(cls, by_name: dict[str, Edit]) -> Edits:
+        """Count what there is."""
+        low_rank = [edit for edit in by_name.values() if edit.changes]
+        others: Sequence[Edit] = [edit for edit in by_name.values() if not edit.changes]
+        return cls(
+            by_name,
+            low_rank=len(low_rank),
+            replaced=sum(edit.value is not None or edit.rows is not None or bool(edit.mixed) for edit in others),
+            idle=sum(all(change.idle for change in edit.changes) for edit in low_rank),
+            dora=any(change.magnitude is not None for edit in low_rank for change in edit.changes),
+        )

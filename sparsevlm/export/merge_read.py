@@ -53,16 +53,7 @@ def read_edits(adapter: AdapterFolder, base: Base) -> Edits:
             f"{adapter.name} holds {len(tensors)} tensors that {base.name} ({base.model_class.__name__}) has no place "
             f"for ({', '.join(sorted(tensors)[:3])}); was it trained on another model? Name that one with --base"
         )
-    low_rank = [edit for edit in by_name.values() if edit.changes]
-    return Edits(
-        by_name,
-        low_rank=len(low_rank),
-        replaced=sum(
-            not edit.changes and (edit.value is not None or edit.rows is not None) for edit in by_name.values()
-        ),
-        idle=sum(all(not change.b.any() for change in edit.changes) for edit in low_rank),
-        dora=any(change.magnitude is not None for edit in low_rank for change in edit.changes),
-    )
+    return Edits.of(by_name)
 
 
 def _attach(adapter: AdapterFolder, base: Base) -> tuple[nn.Module, dict[str, Tensor]]:

@@ -18,11 +18,11 @@ def load_text(directory: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(directory)
 
 
-def train(base: Path, out: Path, load: Callable[[Path], Any] = load_text, **options: Any) -> Path:
+def train(base: Path, out: Path, load: Callable[[Path], Any] = load_text, *, seed: int = 1, **options: Any) -> Path:
     """Write an adapter whose every tensor, and that of every module saved whole, is random."""
     from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     config = LoraConfig(**{"r": 4, "lora_alpha": 8, "init_lora_weights": False, **options})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
