@@ -18,6 +18,7 @@ from sparsevlm.connectors.base import connector_grid
 from sparsevlm.data.collate import Collator
 from sparsevlm.data.sample import Encoded
 from sparsevlm.eval.run import inference_mode_of
+from sparsevlm.moe.groups import Settings, by_group, router_groups
 from sparsevlm.moe.metrics import (
     MODALITIES,
     RoutingSums,
@@ -43,26 +44,27 @@ class Tally:
     """Adds up the routing of batches, token by token where the live metrics keep sums only.
 
     Args:
-        config: Configuration of a sparse model.
+        settings: Of a group of routers, see `sparsevlm.moe.groups`.
     """
 
-    def __init__(self, config: Any) -> None:
-        self.config = config
-        self.experts: int = config.moe["num_experts"]
-        pairs = len(MODALITIES), len(config.moe["layers"]) - 1, self.experts, self.experts
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.experts: int = settings["num_experts"]
+        pairs = len(MODALITIES), len(settings["layers"]) - 1, self.experts, self.experts
         self.sums: RoutingSums | None = None
         self.transitions = np.zeros(pairs, dtype=np.int64)  # (M, L - 1, E, E)
         self.pathways: list[Counter[bytes]] = [Counter() for _ in MODALITIES]
         self._path_type = np.min_scalar_type(self.experts)
 
-    def add(self, batch: dict[str, Any], outputs: Any) -> np.ndarray:
-        """Add a padded batch; return each token's first choice of every layer, ``(L, S)``, -1 for none."""
-        moe, ids = self.config.moe, batch["input_ids"]
-        modality = token_modality(
-            ids, self.config.image_token_id, self.config.video_token_id, batch.get("attention_mask")
-        )
-        indices = outputs.router_indices
-        sums = measure_routing(outputs.router_logits, indices, modality, moe.get("scoring_func", "softmax"))
+    def add(self, modality: Tensor, logits: Sequence[Tensor], indices: Sequence[Tensor]) -> np.ndarray:
+        """Add a padded batch; return each token's first choice of every layer, ``(L, S)``, -1 for none.
+
+        Args:
+            modality: ``(S,)``, see `token_modality`.
+            logits: ``(S, E)`` a layer.
+            indices: ``(S, k)`` a layer.
+        """
+        sums = measure_routing(logits, indices, modality, self.settings.get("scoring_func", "softmax"))
         self.sums = sums if self.sums is None else self.sums + sums
         first = torch.stack([index[:, 0].cpu() for index in indices]).numpy()  # (L, S)
         self.add_first_choices(first, modality.cpu().numpy())
@@ -91,14 +93,13 @@ class Tally:
             similarity: Of the model's experts, a matrix a layer.
         """
         assert self.sums is not None
-        moe = self.config.moe
         layers = summarise_routing(self.sums)
         present = list(layers[0]["load"])
         result = {
             "format": FORMAT,
-            "layers": list(moe["layers"]),
+            "layers": list(self.settings["layers"]),
             "num_experts": self.experts,
-            "num_experts_per_tok": moe["num_experts_per_tok"],
+            "num_experts_per_tok": self.settings["num_experts_per_tok"],
             "samples": samples,
             "tokens": count_modalities(self.sums),
             "load": {name: [layer["load"][name] for layer in layers] for name in present},
@@ -143,7 +144,7 @@ def survey_routing(
     """Run a model over samples and collect where their tokens go.
 
     Args:
-        model: A sparse `SparseVLMForConditionalGeneration`; it is left as it was found.
+        model: A `SparseVLMForConditionalGeneration` with routers; it is left as it was found.
         processor: Its processor.
         items: Samples, each with a line of text to stand beside its picture.
         batch_size: Samples at once.
@@ -151,17 +152,21 @@ def survey_routing(
         advance: Called with the size of each batch that is done.
 
     Returns:
-        The document; each entry of its ``pictures`` belongs to a picture of the list, as the tower sees it.
+        The document; each entry of its ``pictures`` belongs to a picture of the list, as the tower sees it. Where a
+        model has several groups of routers it is that of the adapter's, and ``others`` holds those of the others.
 
     Raises:
         ValueError: The model is dense, or there is no sample.
     """
-    if not model.config.moe:
+    groups = router_groups(model)
+    if not groups:
         raise ValueError(
-            "this model is dense: it has no routing to look at. Give a stage with 'upcycle', or one after it"
+            "this model is dense: it has no routing to look at. Give a stage with 'upcycle' or 'adapter: {type: "
+            "lora_experts}', or one after it"
         )
-    tally, collate, count = Tally(model.config), Collator(processor.tokenizer.pad_token_id, packed=False), 0
-    shown: list[dict[str, Any]] = []
+    tallies = {group: Tally(settings) for group, settings in groups.items()}
+    collate, count, config = Collator(processor.tokenizer.pad_token_id, packed=False), 0, model.config
+    shown: dict[str, list[dict[str, Any]]] = {group: [] for group in groups}
     images: list[Image.Image] = []
     with inference_mode_of(model):
         rest = iter(items)
@@ -170,19 +175,34 @@ def survey_routing(
             del batch["labels"]
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             outputs = model(**batch, output_router_logits=True, logits_to_keep=1, use_cache=False)
-            first = tally.add(batch, outputs).reshape(-1, *batch["input_ids"].shape)  # (L, B, T)
+            ids = batch["input_ids"]
+            modality = token_modality(ids, config.image_token_id, config.video_token_id, batch.get("attention_mask"))
+            first = {
+                name: tallies[name].add(modality, logits, indices).reshape(-1, *ids.shape)  # (L, B, T)
+                for name, (logits, indices) in by_group(
+                    outputs.router_groups, outputs.router_logits, outputs.router_indices
+                )
+            }
             for row, (encoded, text) in enumerate(group):
-                if len(shown) < pictures and (found := next(_pictures(processor, encoded), None)):
+                if len(images) < pictures and (found := next(_pictures(processor, encoded), None)):
                     grid, where, pixels = found
-                    experts = first[:, row, where.numpy()].tolist()  # (L, N)
-                    shown.append({"text": text, "grid": [grid.h, grid.w], "experts": experts})
+                    for name, choices in first.items():
+                        experts = choices[:, row, where.numpy()].tolist()  # (L, N)
+                        shown[name].append({"text": text, "grid": [grid.h, grid.w], "experts": experts})
                     images.append(_image(pixels, processor.image_spec))
             count += len(group)
             advance(len(group))
         if not count:
             raise ValueError("there is no sample to look at the routing of")
-        document = tally.document(count, expert_similarity(model))
-    return {**document, "pictures": shown}, images
+        documents = [
+            {"group": name, **tally.document(count, expert_similarity(model, name)), "pictures": shown[name]}
+            for name, tally in tallies.items()
+            if tally.sums is not None  # not the routers of an adapter that is there but does not run
+        ]
+        if not documents:
+            raise ValueError("no router ran: enable the adapter that has them")
+    others, document = documents[:-1], documents[-1]  # an adapter's routers come after the model's own
+    return document | ({"others": others} if others else {}), images
 
 
 def _pictures(processor: Any, encoded: Encoded) -> Iterator[tuple[Grid, Tensor, Tensor]]:

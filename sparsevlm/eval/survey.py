@@ -122,26 +122,36 @@ def write_survey(document: Mapping[str, Any], images: Sequence[Image.Image], pat
     file.parent.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("picture_*.png"):
         old.unlink()
-    entries = []
-    for i, (entry, image) in enumerate(zip(document["pictures"], images, strict=True)):
+    for i, image in enumerate(images):
         folder.mkdir(exist_ok=True)
         image.save(folder / f"picture_{i}.png")
-        entries.append({"file": f"{PICTURES}/picture_{i}.png", **entry})
+    written = _with_files(document)
+    if "others" in document:
+        written["others"] = [_with_files(other) for other in document["others"]]
     # A line a key: a person finds the numbers, and a matrix does not fill a screen.
-    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in {**document, "pictures": entries}.items()]
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in written.items()]
     file.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
     return file
 
 
+def _with_files(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a document whose pictures name their files."""
+    entries = [{"file": f"{PICTURES}/picture_{i}.png", **entry} for i, entry in enumerate(document["pictures"])]
+    return {**document, "pictures": entries}
+
+
 def print_survey(document: Mapping[str, Any], console: Console) -> None:
-    """Print a line a layer and modality, and each modality's commonest pathway."""
+    """Print a line a layer and modality, and each modality's commonest pathway; of all groups of routers."""
+    for other in document.get("others", []):
+        print_survey(other, console)
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     tokens, experts = document["tokens"], document["num_experts"]
     counts = ", ".join(f"{count} {name}" for name, count in tokens.items())
+    kind = "experts" if document.get("group", "moe") == "moe" else "LoRA experts"
     console.print(
-        f"top {document['num_experts_per_tok']} of {experts} experts, {document['samples']} samples, {counts} tokens",
+        f"top {document['num_experts_per_tok']} of {experts} {kind}, {document['samples']} samples, {counts} tokens",
         highlight=False,
     )
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0)  # 80 columns hold the loads of six experts

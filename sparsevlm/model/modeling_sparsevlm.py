@@ -6,7 +6,7 @@ D tower width, N visual tokens after the connector, S = B * T routed tokens, E e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,10 +20,11 @@ from sparsevlm.data.sample import IGNORE_INDEX
 from sparsevlm.model import attention
 from sparsevlm.model.configuration_sparsevlm import SparseVLMConfig
 from sparsevlm.model.generation import MEDIA_INPUTS, repeat_media
-from sparsevlm.model.outputs import SparseVLMCausalLMOutput, SparseVLMModelOutput
+from sparsevlm.model.outputs import SparseVLMCausalLMOutput, SparseVLMModelOutput, routing_columns
 from sparsevlm.model.sparse import MoePreTrainedModel
 from sparsevlm.moe.block import install_moe
-from sparsevlm.moe.losses import auxiliary_losses
+from sparsevlm.moe.groups import Settings, router_groups
+from sparsevlm.moe.losses import add_routing_losses, wants_losses
 from sparsevlm.moe.padding import leave_out_padding, padding_mask
 from sparsevlm.moe.router import collect_routing, mark_initialized
 from sparsevlm.vision.encoder import default_image_size, encode_frames, feature_dim, output_grid
@@ -146,6 +147,7 @@ class SparseVLMModel(SparseVLMPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         output_router_logits: bool | None = None,
+        groups: Mapping[str, Settings] | None = None,
         **kwargs: Any,
     ) -> SparseVLMModelOutput:
         """Run the decoder over text with the visual tokens in their places.
@@ -161,6 +163,7 @@ class SparseVLMModel(SparseVLMPreTrainedModel):
             past_key_values: Cache.
             inputs_embeds: ``(B, T, H)`` instead of `input_ids`; then no media may be given.
             output_router_logits: Collect the routers' logits and choices.
+            groups: Groups of routers (`sparsevlm.moe.groups`), from who holds the adapters; default: this module's.
             **kwargs: Passed to the language model (`cu_seq_lens_q`, `use_cache`, …).
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -195,9 +198,9 @@ class SparseVLMModel(SparseVLMPreTrainedModel):
             # With a cache, even a fresh one, transformers takes a packed row for one document, and its documents would
             # see each other.
             kwargs["use_cache"] = False
-        moe = self.config.moe
-        collect = bool(output_router_logits) and moe is not None
-        mask = None if moe is None else padding_mask(attention_mask, moe, self.training, inputs_embeds.shape[1])
+        groups = router_groups(self) if groups is None else groups
+        collect = bool(output_router_logits) and bool(groups)
+        mask = padding_mask(attention_mask, groups, self.training, inputs_embeds.shape[1])
         padding = leave_out_padding(self.language_model, mask)
         with collect_routing(collect) as collected, padding:
             outputs = self.language_model(
@@ -213,9 +216,7 @@ class SparseVLMModel(SparseVLMPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_hidden_states,
-            router_logits=tuple(routing.logits for routing in collected) if collect else None,
-            router_indices=tuple(routing.index for routing in collected) if collect else None,
-            router_choices=tuple(routing.chosen for routing in collected) if collect else None,
+            **(routing_columns(collected) if collect else {}),
         )
 
 
@@ -289,9 +290,8 @@ class SparseVLMForConditionalGeneration(SparseVLMPreTrainedModel, GenerationMixi
             output_router_logits: Return the routers' logits and choices.
             **kwargs: Passed to the language model.
         """
-        moe = self.config.moe or {}
-        aux_coef, z_coef = moe.get("router_aux_loss_coef", 0.0), moe.get("router_z_loss_coef", 0.0)
-        need_aux = labels is not None and bool(aux_coef or z_coef)
+        groups = router_groups(self)
+        need_aux = labels is not None and wants_losses(groups)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -303,6 +303,7 @@ class SparseVLMForConditionalGeneration(SparseVLMPreTrainedModel, GenerationMixi
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             output_router_logits=bool(output_router_logits) or need_aux,
+            groups=groups,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state  # (B, T, H)
@@ -320,10 +321,16 @@ class SparseVLMForConditionalGeneration(SparseVLMPreTrainedModel, GenerationMixi
         aux_loss, z_loss = None, None
         if need_aux:
             assert loss is not None and labels is not None
-            mask = padding_mask(attention_mask, moe, self.training, labels.shape[1])
-            aux_loss, z_loss = auxiliary_losses(moe, outputs.router_logits, outputs.router_choices, mask, self.training)
-            for coef, value in ((aux_coef, aux_loss), (z_coef, z_loss)):
-                loss = loss if value is None else loss + coef * aux_loss_scale * value.to(loss.device)
+            loss, aux_loss, z_loss = add_routing_losses(
+                loss,
+                groups,
+                outputs.router_groups,
+                outputs.router_logits,
+                outputs.router_choices,
+                padding_mask(attention_mask, groups, self.training, labels.shape[1]),
+                training=self.training,
+                scale=aux_loss_scale,
+            )
         return SparseVLMCausalLMOutput(
             loss=loss,
             aux_loss=aux_loss,
@@ -335,6 +342,7 @@ class SparseVLMForConditionalGeneration(SparseVLMPreTrainedModel, GenerationMixi
             image_hidden_states=outputs.image_hidden_states,
             router_logits=outputs.router_logits,
             router_indices=outputs.router_indices,
+            router_groups=outputs.router_groups,
         )
 
     def _target_loss(self, hidden_states: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin
 
 from sparsevlm.model.configuration_text import SparseVLMTextConfig
-from sparsevlm.model.outputs import SparseVLMCausalLMOutput
+from sparsevlm.model.outputs import SparseVLMCausalLMOutput, routing_columns
 from sparsevlm.model.sparse import MoePreTrainedModel
 from sparsevlm.moe.block import install_moe
-from sparsevlm.moe.losses import auxiliary_losses
+from sparsevlm.moe.groups import router_groups
+from sparsevlm.moe.losses import add_routing_losses, wants_losses
 from sparsevlm.moe.padding import leave_out_padding, padding_mask
 from sparsevlm.moe.router import collect_routing
 
@@ -89,11 +90,10 @@ class SparseVLMTextForCausalLM(MoePreTrainedModel, GenerationMixin):
         if tokens is None:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         kwargs.pop("return_dict", None)
-        moe = self.config.moe or {}
-        aux_coef, z_coef = moe.get("router_aux_loss_coef", 0.0), moe.get("router_z_loss_coef", 0.0)
-        need_aux = labels is not None and bool(aux_coef or z_coef)
-        collect = (bool(output_router_logits) or need_aux) and self.config.moe is not None
-        mask = padding_mask(attention_mask, moe, self.training, tokens.shape[1])
+        groups = router_groups(self)
+        need_aux = labels is not None and wants_losses(groups)
+        collect = (bool(output_router_logits) or need_aux) and bool(groups)
+        mask = padding_mask(attention_mask, groups, self.training, tokens.shape[1])
         padding = leave_out_padding(self.language_model, mask)
         with collect_routing(collect) as collected, padding:
             outputs = self.language_model(
@@ -106,14 +106,20 @@ class SparseVLMTextForCausalLM(MoePreTrainedModel, GenerationMixin):
                 **kwargs,
             )
         loss = outputs.loss
-        logits = tuple(routing.logits for routing in collected) if collect else None
+        routers = routing_columns(collected) if collect else {}
         aux_loss, z_loss = None, None
         if need_aux:
-            assert logits is not None
-            choices = tuple(routing.chosen for routing in collected)
-            aux_loss, z_loss = auxiliary_losses(moe, logits, choices, mask, self.training)
-            for coef, value in ((aux_coef, aux_loss), (z_coef, z_loss)):
-                loss = loss if value is None else loss + coef * aux_loss_scale * value.to(loss.device)
+            loss, aux_loss, z_loss = add_routing_losses(
+                loss,
+                groups,
+                routers["router_groups"],
+                routers["router_logits"],
+                routers["router_choices"],
+                mask,
+                training=self.training,
+                scale=aux_loss_scale,
+            )
+        routers.pop("router_choices", None)
         return SparseVLMCausalLMOutput(
             loss=loss,
             aux_loss=aux_loss,
@@ -122,8 +128,7 @@ class SparseVLMTextForCausalLM(MoePreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            router_logits=logits,
-            router_indices=tuple(routing.index for routing in collected) if collect else None,
+            **routers,
         )
 
 

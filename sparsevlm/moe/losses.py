@@ -12,7 +12,55 @@ import torch
 from torch import Tensor, distributed
 from torch.nn import functional as F
 
+from sparsevlm.moe.groups import Settings, by_group
 from sparsevlm.moe.router import select_experts
+
+
+def wants_losses(groups: Mapping[str, Settings]) -> bool:
+    """Tell whether any group of routers asks for a loss."""
+    return any(
+        settings.get("router_aux_loss_coef", 0.0) or settings.get("router_z_loss_coef", 0.0)
+        for settings in groups.values()
+    )
+
+
+def add_routing_losses(
+    loss: Tensor,
+    groups: Mapping[str, Settings],
+    names: Sequence[str],
+    router_logits: Sequence[Tensor],
+    router_choices: Sequence[Tensor],
+    token_mask: Tensor | None,
+    *,
+    training: bool,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Add to a model's loss what its routers ask for, group by group with the group's own coefficients.
+
+    Args:
+        loss: Scalar.
+        groups: See `sparsevlm.moe.groups`.
+        names: Group of each router that ran.
+        router_logits: Beside them, ``(S, E)``; E may differ between groups.
+        router_choices: Beside them, ``(S, k)`` experts asked for.
+        token_mask: S numbers in any shape, 0 for padding.
+        training: See `auxiliary_losses`.
+        scale: Factor besides the coefficients.
+
+    Returns:
+        The loss, and the load-balancing and the z-loss that are in it, not weighted: summed over groups where there are
+        several, None where no group that ran asks for one.
+    """
+    sums: list[Tensor | None] = [None, None]
+    for name, (logits, choices) in by_group(names, router_logits, router_choices):
+        settings = groups[name]
+        values = auxiliary_losses(settings, logits, choices, token_mask, training)
+        for i, (option, value) in enumerate(zip(("router_aux_loss_coef", "router_z_loss_coef"), values, strict=True)):
+            if value is not None:
+                loss = loss + settings[option] * scale * value.to(loss.device)
+                before = sums[i]
+                sums[i] = value if before is None else before + value.to(before.device)
+    return loss, sums[0], sums[1]
 
 
 def auxiliary_losses(
@@ -22,10 +70,10 @@ def auxiliary_losses(
     token_mask: Tensor | None,
     training: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the load-balancing and the z-loss that a model's config asks for, not weighted.
+    """Return the load-balancing and the z-loss that a group of routers asks for, not weighted.
 
     Args:
-        moe: The `moe` field of the model's config.
+        moe: The group's settings: for MoE layers the `moe` field of the model's config.
         router_logits: One ``(S, E)`` tensor a MoE layer.
         router_choices: Beside them, ``(S, k)`` experts asked for.
         token_mask: S numbers in any shape, 0 for padding.

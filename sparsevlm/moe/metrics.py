@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsevlm.moe.block import SparseMoeBlock
+from sparsevlm.moe.groups import MOE
 
 MODALITIES = ("text", "image", "video")
 """What a token stands for; its index is the number in `token_modality`."""
@@ -193,12 +194,18 @@ def weight_cosines(weights: Sequence[Tensor], gather: Callable[[Tensor], Tensor]
     return (gram / norm / norm[:, None]).cpu()
 
 
-def expert_similarity(model: nn.Module) -> list[Tensor]:
-    """Return `weight_cosines` of each MoE layer, in order; biases and shared experts left out, adapters included.
+def expert_similarity(model: nn.Module, group: str = MOE) -> list[Tensor]:
+    """Return the cosines between the experts of each layer, in order, ``(E, E)`` float64 on the host.
+
+    Of MoE layers `weight_cosines`, biases and shared experts left out, adapters included. Layers of another group of
+    routers have a method ``expert_cosines()``, which returns the group and the cosines.
 
     Under ZeRO-3 a layer's experts are gathered while it is looked at; where AutoEP has spread experts over ranks, so
     are the chunks. All ranks must call it.
     """
+    if group != MOE:
+        answers = (layer.expert_cosines() for layer in model.modules() if hasattr(layer, "expert_cosines"))
+        return [cosines for name, cosines in filter(None, answers) if name == group]  # pyright: ignore
     found = []
     for block in moe_blocks(model):
         experts: Any = block.experts

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from sparsevlm.moe.capacity import Capacity, kept
+from sparsevlm.moe.groups import MOE
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,13 @@ class Routing:
         logits: ``(S, E)`` float32, gradient attached.
         index: ``(S, k)`` int64 experts that took each token, best first; -1 where dropped or padding.
         chosen: ``(S, k)`` int64 experts that it asked for; -1 for padding only.
+        group: Routers that it is one of, see `sparsevlm.moe.groups`.
     """
 
     logits: Tensor
     index: Tensor
     chosen: Tensor
+    group: str = MOE
 
 
 KEEP_FLOAT32 = "e_score_correction_bias"
@@ -136,6 +139,7 @@ class TopKRouter(nn.Module):
             ``U[1 - jitter, 1 + jitter]``. Checkpointing restores the random state, so recomputation draws the same.
         balance_bias: Keep the buffer `e_score_correction_bias` ``(E,)``, which `train.balance` updates.
         capacity: When experts turn tokens away; default never.
+        group: Routers that it is one of, see `sparsevlm.moe.groups`.
 
     Source: Mixtral's router (transformers), MoE-LLaVA section 3.2; jitter: Switch Transformer (arXiv:2101.03961)
     appendix F; sigmoid and bias: DeepSeek-V3 (arXiv:2412.19437) section 2.1.2. *Deviations*: ties go to the lower
@@ -155,6 +159,7 @@ class TopKRouter(nn.Module):
         jitter: float = 0.0,
         balance_bias: bool = False,
         capacity: Capacity | None = None,
+        group: str = MOE,
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
@@ -164,6 +169,7 @@ class TopKRouter(nn.Module):
         self.scoring_func = scoring_func
         self.jitter = jitter
         self.capacity = capacity or Capacity()
+        self.group = group
         self.tally: Tensor | None = None
         """Where to count the tokens that ask for each expert ``(E,)`` int64; set by who wants them, in training."""
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))  # (E, H)
@@ -259,7 +265,7 @@ class TopKRouter(nn.Module):
 
         def record() -> Routing:
             chosen = index if token_mask is None else index.masked_fill(~token_mask[:, None], -1)
-            return Routing(logits, index if keep is None else index.masked_fill(~keep, -1), chosen)
+            return Routing(logits, index if keep is None else index.masked_fill(~keep, -1), chosen, self.group)
 
         _record(differentiable, record)
 

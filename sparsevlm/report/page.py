@@ -70,7 +70,8 @@ def write_report(path: str | Path, output: Path | None = None, png: Path | None 
 
 def make_sections(run: Run) -> list[Section]:
     """Return the page's sections in order."""
-    routed = [section for stage in run.stages if (section := routing_section(stage)) is not None]
+    stages = [group for stage in run.stages for group in (stage, *stage.others)]
+    routed = [section for stage in stages if (section := routing_section(stage)) is not None]
     return [*training_sections(run), *routed, *closing_sections(run)]
 
 

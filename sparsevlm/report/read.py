@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sparsevlm.report.routing import LiveRouting, Routing, live_routing, read_routing
+from sparsevlm.report.routing import LORA_EXPERTS, MOE, LiveRouting, Routing, live_routing, read_routing
 from sparsevlm.rundir import COMPLETE
 
 METRICS, STAGE_FILE, SKIPPED, ROUTING, RECIPE = (
@@ -36,6 +36,8 @@ class Stage:
         skipped: Records that could not be used, by reason.
         routing: What routing.json says; None for dense stages and until the stage is complete.
         live: Routing while training; None where no line has any.
+        group: Routers that `routing` and `live` are of: of MoE layers, or of LoRA experts.
+        others: The same stage with the routing of another group, where it has two.
         written: When the last log line was written.
     """
 
@@ -47,6 +49,8 @@ class Stage:
     skipped: Counter[str] = field(default_factory=Counter)
     routing: Routing | None = None
     live: LiveRouting | None = None
+    group: str = MOE
+    others: tuple[Stage, ...] = ()
     written: datetime | None = None
 
     @property
@@ -72,14 +76,21 @@ class Stage:
     @property
     def sparse(self) -> bool:
         """Whether anything is known about routed experts."""
-        return self.routing is not None or self.live is not None or bool(self.planned.get("upcycle"))
+        return self.routing is not None or self.live is not None or bool(self._planned_routers)
+
+    @property
+    def _planned_routers(self) -> Mapping[str, Any]:
+        """What the recipe says of the group's routers; empty where this stage makes none."""
+        adapter = self.planned.get("adapter") or {}
+        experts = adapter if adapter.get("type") == LORA_EXPERTS else {}
+        return experts if self.group == LORA_EXPERTS else self.planned.get("upcycle") or {}
 
     @property
     def experts_per_token(self) -> int | None:
         """Experts a token is sent to; None where no file says it."""
         if self.routing is not None:
             return self.routing.top_k
-        edit = self.planned.get("upcycle") or {}
+        edit = self._planned_routers
         return edit["top_k"] * edit.get("granularity", 1) if "top_k" in edit else None
 
 
@@ -142,24 +153,34 @@ def _read_stage(folder: Path, name: str, planned: Mapping[str, Any], faults: lis
     metrics = folder / METRICS
     rows = [row for row in read_lines(metrics) if "step" in row and "loss" in row]
     record = _json(folder / STAGE_FILE, faults)
-    routing = None
-    document = _json(folder / ROUTING, faults)
-    if document:
-        try:
-            routing = read_routing(document, folder)
-        except ValueError as error:
-            faults.append(f"{folder / ROUTING}: {error}")
-    return Stage(
+    routing = _read_routing(folder, faults)
+    live = {group: found for group in (LORA_EXPERTS, MOE) if (found := live_routing(rows, group)) is not None}
+    stage = Stage(
         name=name,
         complete=(folder / COMPLETE).is_file(),
         rows=rows,
         record=record,
         planned=dict(planned or record.get("inputs", {}).get("stage", {})),
         skipped=Counter(str(row.get("reason", "?")) for row in read_lines(folder / SKIPPED)),
-        routing=routing,
-        live=live_routing(rows),
         written=datetime.fromtimestamp(metrics.stat().st_mtime, UTC) if metrics.is_file() else None,
     )
+    trained = LORA_EXPERTS if replace(stage, group=LORA_EXPERTS).sparse else MOE
+    groups = list(dict.fromkeys([*routing, *live])) or [trained]
+    first, *others = (replace(stage, group=key, routing=routing.get(key), live=live.get(key)) for key in groups)
+    return replace(first, others=tuple(others))
+
+
+def _read_routing(folder: Path, faults: list[str]) -> dict[str, Routing]:
+    """Return what routing.json says of each group of routers, that of its own first."""
+    document = _json(folder / ROUTING, faults)
+    if not document:
+        return {}
+    try:
+        documents = [document, *document.get("others", [])]
+        return {str(each.get("group", MOE)): read_routing(each, folder) for each in documents}
+    except (ValueError, AttributeError, TypeError) as error:
+        faults.append(f"{folder / ROUTING}: {error}")
+        return {}
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:

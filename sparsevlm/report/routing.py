@@ -19,6 +19,8 @@ MODALITIES = ("all", "text", "image", "video")
 """The order in which they are shown."""
 MEASURES = ("max_violation", "dead_experts", "dropped_share", "similarity", "logit_rms")
 """One number a layer."""
+MOE, LORA_EXPERTS = "moe", "lora_experts"
+"""Groups of routers, as files name them: MoE layers, and the LoRA experts of an adapter."""
 
 Array = NDArray[np.float64]
 
@@ -101,13 +103,13 @@ class Routing:
     pictures: list[Picture]
 
 
-def live_routing(rows: Sequence[Mapping[str, Any]]) -> LiveRouting | None:
-    """Collect the routing of log lines; None where none has any.
+def live_routing(rows: Sequence[Mapping[str, Any]], group: str = MOE) -> LiveRouting | None:
+    """Collect the routing of a group of routers from log lines; None where none has any.
 
     Lines of older versions hold ``expert_load`` only. What follows from the load (balance, violation, dead experts)
     is then computed from it.
     """
-    found = [(row, measured) for row in rows if (measured := _measured(row))]
+    found = [(row, measured) for row in rows if (measured := _measured(row, group))]
     if not found:
         return None
     names = sorted({name for _, measured in found for name in measured if name.startswith("layer_")}, key=_layer)
@@ -164,12 +166,14 @@ def load_balance(load: Array) -> float:
     return float(np.exp(-(load * logs).sum(-1)).min() / load.shape[-1])
 
 
-def _measured(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the ``moe`` part of a log line, also of one in the older layout."""
-    if isinstance(row.get("moe"), Mapping):
-        measured = dict(row["moe"])
+def _measured(row: Mapping[str, Any], group: str) -> dict[str, Any]:
+    """Return a group's part of a log line; that of MoE layers also of one in the older layout."""
+    if isinstance(row.get(group), Mapping):
+        measured = dict(row[group])
         # A layer that is written as a plain list of shares, or without any, says nothing more.
         return measured if _layers(measured) else {}
+    if group != MOE:
+        return {}
     return {name: {"load": {"all": shares}} for name, shares in row.get("expert_load", {}).items()}
 
 

@@ -6,18 +6,19 @@ import numpy as np
 
 from sparsevlm.report import flow, live_plots, maps
 from sparsevlm.report.read import Stage
-from sparsevlm.report.routing import LiveRouting, Routing
+from sparsevlm.report.routing import LORA_EXPERTS, LiveRouting, Routing
 from sparsevlm.report.sections import Plot, Section, Table, number, percent, slug
 
 LATER = "Expert similarity by pair, token pathways and pictures appear when the stage is complete."
 
 
 def routing_section(stage: Stage) -> Section | None:
-    """Return the routing of a stage, None for a dense one."""
+    """Return the routing of a stage (of one group of its routers), None for a dense one."""
     if not stage.sparse:
         return None
     notes, plots, tables = _introduction(stage), [], []
-    prefix = f"{slug(stage.name)}_"
+    of_adapter = stage.group == LORA_EXPERTS
+    prefix = f"{slug(stage.name)}_" + (f"{LORA_EXPERTS}_" if of_adapter else "")
     if stage.live is not None:
         plots += _live_plots(stage.live, stage.experts_per_token)
     if stage.routing is not None:
@@ -26,7 +27,8 @@ def routing_section(stage: Stage) -> Section | None:
     elif stage.live is not None:
         plots.append(_last_load(stage.live))
     plots = [Plot(prefix + plot.name, plot.title, plot.caption, plot.figure) for plot in plots]
-    return Section(f"Routing in {stage.name}", notes, plots, tables)
+    title = f"Routing in {stage.name}" + (" (LoRA experts)" if of_adapter else "")
+    return Section(title, notes, plots, tables)
 
 
 def _introduction(stage: Stage) -> list[str]:
@@ -35,15 +37,17 @@ def _introduction(stage: Stage) -> list[str]:
     if found is not None:
         k = stage.experts_per_token
         chosen = f", {k} for each token" if k is not None else ""
+        what = ("FFN{} with {} LoRA experts" if stage.group == LORA_EXPERTS else "MoE layer{} of {} experts").format(
+            "s" * (len(found.layers) > 1), found.num_experts
+        )
         notes.append(
-            f"{len(found.layers)} MoE layer{'s' * (len(found.layers) > 1)} of {found.num_experts} experts{chosen}; "
-            f"the fair share of an expert is {percent(1 / found.num_experts)}."
+            f"{len(found.layers)} {what}{chosen}; the fair share of an expert is {percent(1 / found.num_experts)}."
         )
     if stage.routing is not None:
         tokens = ", ".join(f"{n:,} {kind}" for kind, n in stage.routing.tokens.items())
         notes.append(f"Measured after training on {stage.routing.samples} samples: {tokens} tokens.")
         if len(stage.routing.layers) == 1:
-            notes.append("Pathways need two MoE layers; this model has one.")
+            notes.append("Pathways need two layers with experts; there is one.")
     elif stage.complete:
         notes.append(
             "There is no routing.json in this stage. `sparsevlm eval --routing` measures the routing of a saved model."

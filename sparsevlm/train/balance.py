@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sparsevlm.moe.groups import MOE, router_groups
 from sparsevlm.moe.router import TopKRouter
 
 
 def balance_callbacks(model: Any) -> list[BalanceBias]:
-    """Return what keeps the experts of a model balanced: one callback where its config asks for a balance bias."""
-    moe = getattr(model.config, "moe", None) or {}
-    rate = moe.get("bias_update_rate", 0.0)
-    return [BalanceBias(model, rate)] if rate else []
+    """Return what keeps the experts of a model balanced: one callback for each group that asks for a balance bias."""
+    rates = {group: settings.get("bias_update_rate", 0.0) for group, settings in router_groups(model).items()}
+    return [BalanceBias(model, rate, group) for group, rate in rates.items() if rate]
 
 
 class BalanceBias(TrainerCallback):
@@ -31,14 +31,16 @@ class BalanceBias(TrainerCallback):
     Args:
         model: Model whose routers have a balance bias.
         rate: Size of a step.
+        group: Routers that it is for, see `sparsevlm.moe.groups`.
 
     Source: Auxiliary-loss-free load balancing (arXiv:2408.15664) algorithm 1; DeepSeek-V3 (arXiv:2412.19437) section
     2.1.2.
     """
 
-    def __init__(self, model: Any, rate: float) -> None:
+    def __init__(self, model: Any, rate: float, group: str = MOE) -> None:
         self.model = model
         self.rate = rate
+        self.group = group
         self.routers: list[TopKRouter] = []
         self.counts = torch.zeros(0, 0, dtype=torch.int64)  # (L, E)
 
@@ -50,7 +52,9 @@ class BalanceBias(TrainerCallback):
         Raises:
             ValueError: The routers are not ours any more.
         """
-        found = [module for module in self.model.modules() if isinstance(module, TopKRouter)]
+        found = [
+            module for module in self.model.modules() if isinstance(module, TopKRouter) and module.group == self.group
+        ]
         if not found:
             raise ValueError(
                 "the model has a balance bias (bias_update_rate), but its routers were replaced: DeepSpeed's expert "

@@ -118,11 +118,13 @@ class ProgressLine(TrainerCallback):
         stage: Name shown in front.
         console: Where to print; default standard error, so that standard output stays for results.
         collapsed: See `show_balance`; for stages with routed experts.
+        group: Routers whose balance is shown, see `sparsevlm.moe.groups`.
     """
 
-    def __init__(self, stage: str, console: Console | None = None, collapsed: float = 0.0) -> None:
+    def __init__(self, stage: str, console: Console | None = None, collapsed: float = 0.0, group: str = "moe") -> None:
         self.stage = stage
         self.collapsed = collapsed
+        self.balance = f"{group}/balance"
         self.console = console or Console(file=sys.stderr)
         self.bar: Progress | None = None
         self.task = TaskID(0)
@@ -166,8 +168,8 @@ class ProgressLine(TrainerCallback):
         numbers = (
             f"loss {logs['loss']:.4f}  lr {max(rates, default=0.0):.2e}  {_rate(logs['tokens_per_second'])} tokens/s"
         )
-        if "moe/balance" in logs:
-            numbers += f"  {show_balance(logs['moe/balance'], self.collapsed)}"
+        if self.balance in logs:
+            numbers += f"  {show_balance(logs[self.balance], self.collapsed)}"
         if self.bar is not None:
             self.bar.update(self.task, numbers=numbers)
             return

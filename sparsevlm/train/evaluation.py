@@ -66,13 +66,14 @@ def evaluate_stage(recipe: Recipe, name: str, model: Any, processor: Any, stage_
 def survey_stage(recipe: Recipe, name: str, model: Any, processor: Any, stage_dir: Path) -> None:
     """Write a sparse model's routing on some questions of the stage's evaluations, else on some of its training data.
 
-    Nothing is written for a dense model.
+    Nothing is written for a model without routers.
     """
     from sparsevlm.eval.routing import survey_routing
     from sparsevlm.eval.survey import encoded_questions, questions, write_survey
+    from sparsevlm.moe.groups import router_groups
     from sparsevlm.train.data import first_records
 
-    if not model.config.moe:
+    if not router_groups(model):
         return
     stage = recipe.stages[name]
     items = list(encoded_questions(processor, questions(evals_of(recipe, name), SURVEYED)))

@@ -116,8 +116,7 @@ def run_stage(
     if resume is not None:
         _check_resume(resume, marker, stage_dir)
     set_num_steps(args, stage, data.num_steps)
-    moe = model.config.moe
-    progress = ProgressLine(name, console, moe["num_experts_per_tok"] / moe["num_experts"] if moe else 0.0)
+    progress = ProgressLine(name, console, **_shown_routers(model))
     trainer = VLMTrainer(
         model,
         args,
@@ -156,6 +155,17 @@ def run_stage(
     )
     finish_stage(recipe, name, parent_dir, stage_dir, summary, {key: result.report for key, result in evals.items()})
     return summary
+
+
+def _shown_routers(model: Any) -> dict[str, Any]:
+    """Return whose balance the progress line shows: that of the adapter's routers, where it has some."""
+    from sparsevlm.moe.groups import router_groups
+
+    groups = router_groups(model)
+    if not groups:
+        return {}
+    group, settings = list(groups.items())[-1]
+    return {"group": group, "collapsed": settings["num_experts_per_tok"] / settings["num_experts"]}
 
 
 def _quiet(console: Console) -> None:

@@ -22,6 +22,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from trl import SFTConfig, SFTTrainer
 
 from sparsevlm.data.skips import SkipLog
+from sparsevlm.moe.groups import router_groups
 from sparsevlm.recipe.schema import Optim
 from sparsevlm.train import checkpoints
 from sparsevlm.train.callbacks import MetricsWriter
@@ -112,7 +113,7 @@ class VLMTrainer(SFTTrainer):
         self.visual_ids = torch.tensor([model.config.image_token_id, model.config.video_token_id])
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.tower_frozen = not any(p.requires_grad for p in model.model.vision_tower.parameters())
-        self.moe_layers: list[int] = list((model.config.moe or {}).get("layers", []))
+        self.router_groups = router_groups(model)
         self.writers = [callback for callback in callbacks or [] if isinstance(callback, MetricsWriter)]
         self.group_names: list[str] = []
         self._rates: list[float] = []
@@ -180,7 +181,7 @@ class VLMTrainer(SFTTrainer):
             freeze_tower_state(self.vlm)  # `training_step` has just put all of it in training mode
         self._batch_ids = next(self._ids, [])
         world = self.args.world_size
-        measure = bool(self.moe_layers) and self._measures_routing()
+        measure = bool(self.router_groups) and self._measures_routing()
         outputs = model(
             **inputs,
             num_items_in_batch=num_items_in_batch,
@@ -193,7 +194,7 @@ class VLMTrainer(SFTTrainer):
             self._stop(f"the loss is {loss.item()}", {"loss": str(loss.item())}, [self._batch_ids], everywhere=False)
         self._window.add_losses(aux_loss=outputs.aux_loss, z_loss=outputs.z_loss)
         if measure:
-            self._window.add_routing(routing_of_batch(self.vlm.config, inputs, outputs))
+            self._window.add_routing(routing_of_batch(self.vlm.config, self.router_groups, inputs, outputs))
         return (loss, outputs) if return_outputs else loss
 
     def _will_log(self) -> bool:
@@ -291,11 +292,11 @@ class VLMTrainer(SFTTrainer):
             for name, rate in zip(self.group_names, self._rates, strict=False):
                 logs[f"lr/{name.removesuffix('/no_decay')}"] = rate
             logs.update(self._window.metrics(self.accelerator.gather))
-            record = self._window.routing_record(self.vlm, self.moe_layers, self.accelerator.gather)
-            if record is not None:
-                logs.update(routing_scalars(record))
+            records = self._window.routing_records(self.vlm, self.router_groups, self.accelerator.gather)
+            for group, record in records.items():
+                logs.update(routing_scalars(record, group))
                 for writer in self.writers:
-                    writer.details["moe"] = record
+                    writer.details[group] = record
             self._window = Window(self.args.device)
         super(SFTTrainer, self).log(logs)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsevlm.data.sample import IGNORE_INDEX
+from sparsevlm.moe.groups import MOE, Settings, by_group
 from sparsevlm.moe.metrics import (
     RoutingSums,
     count_modalities,
@@ -42,21 +43,26 @@ def count_batch(batch: dict[str, Any], visual_ids: Tensor, samples: int) -> Tens
     )
 
 
-def routing_of_batch(config: Any, inputs: Mapping[str, Any], outputs: Any) -> RoutingSums:
-    """Return what the routers did with a micro-batch, given what the model took and gave."""
+def routing_of_batch(
+    config: Any, groups: Mapping[str, Settings], inputs: Mapping[str, Any], outputs: Any
+) -> dict[str, RoutingSums]:
+    """Return what each group of routers did with a micro-batch, given what the model took and gave."""
     modality = token_modality(
         inputs["input_ids"], config.image_token_id, config.video_token_id, inputs.get("attention_mask")
     )
-    scoring = config.moe.get("scoring_func", "softmax")
-    return measure_routing(outputs.router_logits, outputs.router_indices, modality, scoring)
+    ran = by_group(outputs.router_groups, outputs.router_logits, outputs.router_indices)
+    return {
+        name: measure_routing(logits, indices, modality, groups[name].get("scoring_func", "softmax"))
+        for name, (logits, indices) in ran
+    }
 
 
 def routing_record(sums: RoutingSums, layers: Sequence[int], similarity: Sequence[float]) -> dict[str, Any]:
-    """Return the `moe` entry of a line of metrics.jsonl.
+    """Return the entry of a group of routers in a line of metrics.jsonl.
 
     Args:
         sums: Of all ranks.
-        layers: Decoder layers that are MoE.
+        layers: Decoder layers that they are in.
         similarity: Mean cosine between the experts of each.
     """
     summaries = summarise_routing(sums)
@@ -68,7 +74,7 @@ def routing_record(sums: RoutingSums, layers: Sequence[int], similarity: Sequenc
     return record
 
 
-def routing_scalars(record: Mapping[str, Any]) -> dict[str, float]:
+def routing_scalars(record: Mapping[str, Any], group: str = MOE) -> dict[str, float]:
     """Return what TensorBoard and the like get of a `routing_record`: a handful of curves, whatever the model's size.
 
     `balance` and `max_violation` are the worst layer's, `dead_experts` the sum, the others means over layers.
@@ -79,13 +85,13 @@ def routing_scalars(record: Mapping[str, Any]) -> dict[str, float]:
         return sum(values) / len(layers)
 
     return {
-        "moe/balance": record["balance"],
-        "moe/max_violation": max(numbers["max_violation"] for numbers in layers),
-        "moe/dead_experts": sum(numbers["dead_experts"] for numbers in layers),
-        "moe/entropy": mean(numbers["entropy"]["all"] for numbers in layers),
-        "moe/dropped_share": mean(numbers["dropped_share"] for numbers in layers),
-        "moe/similarity": mean(numbers["similarity"] for numbers in layers),
-        "moe/logit_rms": mean(numbers["logit_rms"] for numbers in layers),
+        f"{group}/balance": record["balance"],
+        f"{group}/max_violation": max(numbers["max_violation"] for numbers in layers),
+        f"{group}/dead_experts": sum(numbers["dead_experts"] for numbers in layers),
+        f"{group}/entropy": mean(numbers["entropy"]["all"] for numbers in layers),
+        f"{group}/dropped_share": mean(numbers["dropped_share"] for numbers in layers),
+        f"{group}/similarity": mean(numbers["similarity"] for numbers in layers),
+        f"{group}/logit_rms": mean(numbers["logit_rms"] for numbers in layers),
     }
 
 
@@ -96,7 +102,7 @@ class Window:
         counts: ``(5,)`` over all ranks.
         losses: Sums of the routers' losses on this rank, by name.
         batches: Micro-batches that they were added from.
-        routing: Sums of the steps that were measured, on this rank; None where none was.
+        routing: Sums of the steps that were measured, on this rank, by group of routers.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -104,7 +110,7 @@ class Window:
         self.counts = torch.zeros(5, dtype=torch.int64, device=device)
         self.losses: dict[str, Tensor] = {}
         self.batches = 0
-        self.routing: RoutingSums | None = None
+        self.routing: dict[str, RoutingSums] = {}
         self._since = time.perf_counter()
 
     def add_losses(self, **losses: Tensor | None) -> None:
@@ -114,18 +120,21 @@ class Window:
                 self.losses[name] = self.losses.get(name, 0) + loss.detach()
         self.batches += 1
 
-    def add_routing(self, sums: RoutingSums) -> None:
+    def add_routing(self, measured: Mapping[str, RoutingSums]) -> None:
         """Add the routing of a micro-batch."""
-        self.routing = sums if self.routing is None else self.routing + sums
+        for group, sums in measured.items():
+            self.routing[group] = self.routing[group] + sums if group in self.routing else sums
 
-    def routing_record(
-        self, model: nn.Module, layers: Sequence[int], gather: Callable[[Tensor], Any]
-    ) -> dict[str, Any] | None:
-        """Return the `routing_record` of all ranks, which all call it; None where nothing was measured."""
-        if self.routing is None:
-            return None
-        sums = self.routing.unpack(gather(self.routing.pack()[None]).sum(0))
-        return routing_record(sums, layers, [mean_cosine(cosines) for cosines in expert_similarity(model)])
+    def routing_records(
+        self, model: nn.Module, groups: Mapping[str, Settings], gather: Callable[[Tensor], Any]
+    ) -> dict[str, dict[str, Any]]:
+        """Return the `routing_record` of each group that was measured; of all ranks, which all call it."""
+        records = {}
+        for group, sums in self.routing.items():
+            total = sums.unpack(gather(sums.pack()[None]).sum(0))
+            similarity = [mean_cosine(cosines) for cosines in expert_similarity(model, group)]
+            records[group] = routing_record(total, groups[group]["layers"], similarity)
+        return records
 
     def leave_out(self, seconds: float) -> None:
         """Leave time (spent on a checkpoint) out of the throughput."""
@@ -160,7 +169,7 @@ class Window:
 
         Routing is not among them: it is measured in the step that logs, and checkpoints follow the log.
         """
-        assert self.routing is None
+        assert not self.routing
         return {
             "counts": self.counts.tolist(),
             "losses": {name: float(total) for name, total in self.losses.items()},

@@ -6,7 +6,6 @@ import io
 import json
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,7 +33,7 @@ def test_transitions_and_pathways_equal_a_loop() -> None:
     first = rng.integers(-1, EXPERTS, (len(LAYERS), 300))  # a fifth has no choice
     modality = rng.integers(-1, 2, 300)  # no video
     moe = {"layers": LAYERS, "num_experts": EXPERTS, "num_experts_per_tok": 2}
-    tally = Tally(SimpleNamespace(moe=moe))
+    tally = Tally(moe)
     for part in (slice(None, 111), slice(111, None)):
         tally.add_first_choices(first[:, part], modality[part])
     transitions = np.zeros((3, len(LAYERS) - 1, EXPERTS, EXPERTS), dtype=int)

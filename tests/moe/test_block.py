@@ -274,12 +274,12 @@ def test_decoders_that_cannot_be_told_are_refused() -> None:
 
 def test_masks_of_pairs_are_refused_where_places_are_few() -> None:
     pairs = torch.ones(2, 1, 5, 5)
-    assert padding_mask(pairs, MOE, True, 7) is None
-    assert torch.equal(padding_mask(MASK, MOE | {"capacity_factor": 1.0}, True, 7), MASK)
-    assert torch.equal(padding_mask(MASK, MOE, True, 3), MASK[:, -3:])  # the others are in the cache
-    assert padding_mask({"full": pairs}, MOE | {"capacity_factor": 1.0}, False, 7) is None
+    assert padding_mask(pairs, {"moe": MOE}, True, 7) is None
+    assert torch.equal(padding_mask(MASK, {"moe": MOE | {"capacity_factor": 1.0}}, True, 7), MASK)
+    assert torch.equal(padding_mask(MASK, {"moe": MOE}, True, 3), MASK[:, -3:])  # the others are in the cache
+    assert padding_mask({"full": pairs}, {"moe": MOE | {"capacity_factor": 1.0}}, False, 7) is None
     with pytest.raises(ValueError, match=r"capacity_factor is 1.0.*got \(2, 1, 5, 5\)"):
-        padding_mask(pairs, MOE | {"capacity_factor": 1.0}, True, 7)
+        padding_mask(pairs, {"moe": MOE | {"capacity_factor": 1.0}}, True, 7)
 
 
 def test_masked_tokens_give_no_gradient() -> None:

@@ -132,7 +132,7 @@ def test_one_layer_and_a_folder_with_routing_alone(tmp_path: Path) -> None:
     sections, names, notes = titles(tmp_path / "survey")
     assert sections == ["Stages", "Routing in survey"]
     assert "survey_load" in names and "survey_pathways" not in names
-    assert "Pathways need two MoE layers; this model has one." in notes
+    assert "Pathways need two layers with experts; there is one." in notes
 
 
 def test_the_tables_say_what_the_files_say(tmp_path: Path) -> None:
