@@ -10,6 +10,9 @@ from typing import Any
 
 from peft import mapping
 
+from sparsevlm.adapters.lora_experts.config import METHOD as LORA_EXPERTS
+from sparsevlm.adapters.lora_experts.config import LoraExpertsConfig
+from sparsevlm.adapters.lora_experts.model import LoraExpertsModel
 from sparsevlm.adapters.mma.config import METHOD as MMA
 from sparsevlm.adapters.mma.config import MmaConfig
 from sparsevlm.adapters.mma.model import MmaModel
@@ -17,14 +20,14 @@ from sparsevlm.adapters.mma.model import MmaModel
 
 def register() -> None:
     """Make PEFT know the methods: to get, save and load them needs nothing else."""
-    tables: Any = (  # keyed by PEFT's enumeration, as their types say
-        (mapping.PEFT_TYPE_TO_CONFIG_MAPPING, MmaConfig),
-        (mapping.PEFT_TYPE_TO_TUNER_MAPPING, MmaModel),
-        (mapping.PEFT_TYPE_TO_PREFIX_MAPPING, MmaModel.prefix),
-    )
-    for table, entry in tables:
-        taken = table.setdefault(MMA, entry)
-        assert taken is entry, f"PEFT's tables already have {MMA}: {taken}"
+    # keyed by PEFT's enumeration, as their types say
+    configs: Any = mapping.PEFT_TYPE_TO_CONFIG_MAPPING
+    tuners: Any = mapping.PEFT_TYPE_TO_TUNER_MAPPING
+    prefixes: Any = mapping.PEFT_TYPE_TO_PREFIX_MAPPING
+    for method, config, tuner in ((MMA, MmaConfig, MmaModel), (LORA_EXPERTS, LoraExpertsConfig, LoraExpertsModel)):
+        for table, entry in ((configs, config), (tuners, tuner), (prefixes, tuner.prefix)):
+            taken = table.setdefault(method, entry)
+            assert taken is entry, f"PEFT's tables already have {method}: {taken}"
 
 
 register()

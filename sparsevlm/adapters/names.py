@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-PREFIXES: tuple[str, ...] = ("lora_", "mma_")
+import re
+
+PREFIXES: tuple[str, ...] = ("lora_", "mma_", "mole_")
 """How the modules begin that adapters of each method add, as in PEFT's tables."""
 
 _MARKS = tuple(f".{prefix}" for prefix in PREFIXES)
@@ -16,3 +18,12 @@ def is_adapter_parameter(name: str) -> bool:
 def without_wrappers(name: str) -> str:
     """Return the name that a parameter has without an adapter around its module."""
     return name.replace(".base_layer", "")
+
+
+_ROUTED = re.compile(r"\.mole_[AB]\.(?P<adapter>[^.]+)$")
+
+
+def routed_adapter(name: str) -> str | None:
+    """Return the adapter whose LoRA experts a parameter stacks, ``(E, ...)``; None for any other parameter."""
+    found = _ROUTED.search(name)
+    return found["adapter"] if found else None

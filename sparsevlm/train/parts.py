@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sparsevlm.adapters.names import is_adapter_parameter, without_wrappers
+from sparsevlm.adapters.names import is_adapter_parameter, routed_adapter, without_wrappers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -258,9 +258,9 @@ def _undecayed(model: nn.Module) -> set[int]:
 def count_parameters(model: nn.Module) -> dict[str, Any]:
     """Count parameters, also on the meta device.
 
-    `activated` are those that one token uses: of a layer's E stacked experts only top_k count, the router counts
-    whole. `language_model` counts the language model with its embedding and head, as the papers do (MoE-LLaVA,
-    table 2).
+    `activated` are those that one token uses: of a layer's E stacked experts, or LoRA experts, only top_k count, the
+    router counts whole. `language_model` counts the language model with its embedding and head, as the papers do
+    (MoE-LLaVA, table 2).
 
     Returns:
         ``{"total", "trainable", "activated", "language_model": {"total", "activated"}}``. Tied weights count once.
@@ -273,7 +273,10 @@ def count_parameters(model: nn.Module) -> dict[str, Any]:
         number = numel(parameter)
         active = number
         parts = parts_of(name)
-        if parts[0] == "adapter" and ".experts." in name:  # an A and a B for each expert of a stack
+        if routed := routed_adapter(name):  # LoRA experts; the adapter has its own numbers of them
+            spec: Any = model.peft_config[routed]  # pyright: ignore
+            active = number // spec.num_experts * spec.num_experts_per_tok
+        elif parts[0] == "adapter" and ".experts." in name:  # an A and a B for each expert of a stack
             active = number // config.moe["num_experts"] * top_k
         elif parts[0] == "moe.experts" and ".experts." in name:
             experts = getattr(parameter, "ds_shape", parameter.shape)[0]
