@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sparsevlm.adapters.names import is_adapter_parameter, routed_adapter
 from sparsevlm.recipe.schema import Recipe, Stage
 from sparsevlm.train.sharding import deepspeed_config, uses_deepspeed
 from sparsevlm.vision.encoder import encode_frames
@@ -94,7 +95,9 @@ def matrices(model: Any) -> tuple[list[Matrix], list[Matrix]]:
     """
     connector: list[Matrix] = []
     language: list[Matrix] = []
+    before: dict[int | None, int] = {}
     top_k = getattr(model.config.text_config, "num_experts_per_tok", 1)
+    routed_by_token = any(getattr(c, "routing", "") == "token" for c in getattr(model, "peft_config", {}).values())
     for prefix, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             continue
@@ -108,9 +111,24 @@ def matrices(model: Any) -> tuple[list[Matrix], list[Matrix]]:
             ):
                 continue
             found = _LAYER.search(path)
+            index = int(found[1]) if found else None
+            if ".mma_" in path:
+                if ".mma_router." in path and not routed_by_token:
+                    continue
+                # Named after the attention that they stand before.
+                first = next(i for i, matrix in enumerate(language) if matrix.index == index)
+                language.insert(first + before.get(index, 0), _mma_matrix(index, path, weight))
+                before[index] = before.get(index, 0) + 1
+                continue
+            if routed_adapter(path):
+                # LoRA experts: all of them are multiplied, (E r) x I or O, whichever a token uses.
+                rank, width = weight.shape[0] * weight.shape[1], weight.shape[2]
+                inputs, outputs = (width, rank) if ".mole_A." in path else (rank, width)
+                language.append(Matrix(int(found[1]) if found else None, inputs, outputs, 1, weight.requires_grad))
+                continue
             stacked = weight.ndim == 3
             matrix = Matrix(
-                index=int(found[1]) if found else None,
+                index=index,
                 inputs=weight.shape[-1],
                 outputs=weight.shape[-2],
                 uses=top_k if stacked else 1,
@@ -120,6 +138,19 @@ def matrices(model: Any) -> tuple[list[Matrix], list[Matrix]]:
     head = model.get_output_embeddings().weight  # by the module, since a tied head is no parameter of its own
     language.append(Matrix(None, head.shape[1], head.shape[0], 1, head.requires_grad))
     return connector, language
+
+
+def _mma_matrix(index: int | None, path: str, weight: Any) -> Matrix:
+    """Return what a token meets of a weight of a mixture-of-modality adapter.
+
+    The P projections ``h -> d`` in g groups are one product of all paths, ``P (h / g + 1) -> d`` with their biases.
+    Routers of samples read one token a modality, which also runs through the decoder once a forward pass: two or three
+    tokens beside the thousands of a step, which are left out.
+    """
+    if ".mma_up." in path:
+        paths, outputs, size = weight.shape
+        return Matrix(index, paths * (size + 1), outputs, 1, weight.requires_grad)
+    return Matrix(index, weight.shape[1], weight.shape[0], 1, weight.requires_grad)
 
 
 def measure_tower(model: Any, image_size: int) -> Tower:
@@ -170,8 +201,11 @@ def flops_per_step(model: Any, tower: Tower, stage: Stage, shape: Shape) -> int:
     """
     connector, language = matrices(model)
     again = int(stage.gradient_checkpointing)
-    trains_below = any(weight.requires_grad for weight in model.model.vision_tower.parameters())
-    total = (3 + again if trains_below else 1) * tower.flops * shape.rows * shape.row_frames
+    trained = [name for name, weight in model.model.vision_tower.named_parameters() if weight.requires_grad]
+    trains_below = bool(trained)
+    own = any(not is_adapter_parameter(name) for name in trained)  # an adapter's tower has no gradients of its own
+    passes = 1 + trains_below * (1 + again) + own
+    total = passes * tower.flops * shape.rows * shape.row_frames
 
     for matrix in connector:
         passes = 1 + trains_below + matrix.trainable
@@ -199,6 +233,7 @@ def memory_per_rank(
 
     - ``weights``: 4 bytes a parameter (2 where `model.dtype` is bfloat16), plus 2 a trained one for autocast's copies;
       a share of ``1 / W`` under ZeRO-3.
+      Adapters are float32 in any case.
     - ``gradients``: as the weights, of what trains; ``1 / W`` from ZeRO-2 on.
     - ``optimizer``: two moments of the weights' type; under DeepSpeed 12 bytes (float32 master and moments), ``1 / W``.
     - ``activations``: `Matrix.activations` of all layers for the tokens of a micro-batch; with gradient checkpointing
@@ -226,6 +261,11 @@ def memory_per_rank(
     weights = weight_bytes * (everything // world if zero == 3 else everything - sum(elsewhere))
     gradients = weight_bytes * (trained // world if zero >= 2 else trained - elsewhere_trained)
     states = (12 if config is not None else 2 * weight_bytes) * trained // (world if zero >= 1 else 1)
+    if config is None:  # an adapter's weights are float32, whatever the model's are
+        wider = [w for n, w in model.named_parameters() if is_adapter_parameter(n)]
+        weights += (4 - weight_bytes) * sum(weight.numel() for weight in wider)
+        more = (4 - weight_bytes) * sum(weight.numel() for weight in wider if weight.requires_grad)
+        gradients, states = gradients + more, states + 2 * more
     host = 0
     if sharded and sharding.offload != "none":
         host, states = host + states, 0

@@ -54,9 +54,13 @@ def plan(recipe: Recipe, media: Sequence[str] = (), *, world: int = 1) -> dict[s
     packable = check.packing(model)
 
     stages = []
+    adapted = False
     for name, stage in recipe.stages.items():
         if not check.edit(model, name, stage):
             continue
+        if stage.adapter is not None or adapted:  # the tower may carry an adapter now, or no longer
+            tower = measure_tower(model, check.image_size(config))
+        adapted = stage.adapter is not None
         tokens = {medium.name: count_visual(recipe, grid, medium) for medium in counted}
         shape = check.shape(name, stage, grid, counted[0], packable, world)
         stages.append(_describe(model, tower, recipe, name, stage, shape, tokens, world))
