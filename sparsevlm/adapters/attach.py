@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -20,13 +21,14 @@ from torch import Tensor, nn
 
 from sparsevlm.adapters.names import is_adapter_parameter
 from sparsevlm.adapters.prepared import Prepared
+from sparsevlm.adapters.quantise import Quantised, forget_marks, settings_of, unshared
 from sparsevlm.adapters.saved import ADAPTER_CONFIG, ADAPTER_WEIGHTS, write_parent
 from sparsevlm.recipe.adapter import Adapter
 
 NAME = "default"
 """PEFT's name of the one adapter that a model here has."""
 
-PREPARE = {"lora": "lora", "mma": "mma.prepare"}
+PREPARE = {"lora": "lora", "qlora": "qlora", "mma": "mma.prepare"}
 """Type of a recipe's adapter -> module of this folder whose ``prepare(model, spec)`` returns a `Prepared`."""
 
 _PREFIX = "base_model.model."
@@ -42,6 +44,7 @@ class AdapterReport:
         modules: Modules that are adapted.
         parameters: Stacked parameters that are adapted.
         trainable: Parameters of the adapter.
+        quantised: What of the model was quantised.
     """
 
     type: str
@@ -49,12 +52,14 @@ class AdapterReport:
     modules: tuple[str, ...]
     parameters: tuple[str, ...]
     trainable: int
+    quantised: Quantised | None = None
 
     def describe(self) -> str:
         """Return one line for the console."""
         each = ", ".join(f"{target} ({count})" for target, count in self.counts.items())
         stacked = f" and {len(self.parameters)} stacked weights" if self.parameters else ""
-        return f"{self.type} on {len(self.modules)} layers{stacked}: {each}; {self.trainable:,} parameters"
+        quantised = f"; on {self.quantised.describe()}" if self.quantised else ""
+        return f"{self.type} on {len(self.modules)} layers{stacked}: {each}; {self.trainable:,} parameters{quantised}"
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -82,7 +87,9 @@ def attach(model: Any, spec: Adapter, *, seed: int = 0) -> AdapterReport:
         torch.manual_seed(seed)
         _inject(model, prepared.config)
     trainable = sum(parameter.numel() for _, parameter in _weights(model))
-    return AdapterReport(spec.type, prepared.counts, prepared.modules, prepared.parameters, trainable)
+    return AdapterReport(
+        spec.type, prepared.counts, prepared.modules, prepared.parameters, trainable, prepared.quantised
+    )
 
 
 def _prepare(model: Any, spec: Adapter) -> Prepared:
@@ -99,11 +106,32 @@ def _inject(model: Any, config: Any) -> None:
     with warnings.catch_warnings():
         # PEFT names the weights of routers by `weight`, and takes them for layers that it knows better.
         warnings.filterwarnings("ignore", message=".*target_parameters.*")
-        inject_adapter_in_model(config, model, NAME, low_cpu_mem_usage=meta)
+        with _known_as_quantised(model):
+            inject_adapter_in_model(config, model, NAME, low_cpu_mem_usage=meta)
     for _, parameter in _weights(model):
         parameter.data = parameter.data.float()
     model.requires_grad_(False)
     model.train(model.training)  # PEFT's new layers are in training mode, whatever the model is in
+    model._ddp_params_and_buffers_to_ignore = unshared(model)
+
+
+@contextmanager
+def _known_as_quantised(model: Any) -> Iterator[None]:
+    """Have PEFT take the layers that know quantised weights.
+
+    It asks the model for what transformers' loader would have set. It is set for no longer: trl would round the
+    adapter to bfloat16.
+    """
+    settings = settings_of(model)
+    if settings is None:
+        yield
+        return
+    flag = "is_loaded_in_8bit" if settings.kind == "int8" else "is_loaded_in_4bit"
+    setattr(model, flag, True)
+    try:
+        yield
+    finally:
+        delattr(model, flag)
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -158,7 +186,8 @@ def save_adapter(
     text = json.dumps(ordered, indent=2, default=str)
     (directory / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
     save_file(tensors, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    write_parent(directory, parent, home)
+    settings = settings_of(model)
+    write_parent(directory, parent, home, None if settings is None else settings.to_dict())
 
 
 def load_adapter(model: Any, directory: Path) -> None:
@@ -207,6 +236,8 @@ def detach(model: Any, *, merge: bool) -> None:
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    assert not merge or settings_of(model) is None, "load the adapter on weights that are not quantised to merge it"
+    forget_marks(model)
     for name, module in list(model.named_modules()):
         if not isinstance(module, BaseTunerLayer) or name.endswith(".base_layer"):
             continue

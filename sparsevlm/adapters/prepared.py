@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparsevlm.adapters.quantise import Quantised
 
 
 @dataclass(frozen=True)
@@ -15,9 +18,11 @@ class Prepared:
         counts: Modules and stacked parameters that each target names.
         modules: Modules that are adapted.
         parameters: Stacked parameters that are adapted.
+        quantised: What was quantised in the model before.
     """
 
     config: Any
     counts: dict[str, int]
     modules: tuple[str, ...]
     parameters: tuple[str, ...] = ()
+    quantised: Quantised | None = None

@@ -57,19 +57,28 @@ def weights_hash(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def write_parent(directory: Path, parent: Path, home: Path | None = None) -> None:
+QUANTISATION = "quantization"
+"""Entry of `parent.json` that says how the parent's weights were quantised for training, where they were."""
+
+
+def write_parent(
+    directory: Path, parent: Path, home: Path | None = None, quantisation: dict[str, Any] | None = None
+) -> None:
     """Write `parent.json`: where the model is that the adapter was trained on, and its hash.
 
     Args:
         directory: Where to.
         parent: The model.
         home: Directory that the file is moved to afterwards, where that is another.
+        quantisation: How the weights were quantised (`quantise.Settings`), where they were.
     """
-    record = {
+    record: dict[str, Any] = {
         "path": str(parent.resolve()),
         "relative": os.path.relpath(parent.resolve(), (home or directory).resolve()),
         "sha256": weights_hash(parent),
     }
+    if quantisation is not None:
+        record[QUANTISATION] = quantisation
     (directory / PARENT).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
@@ -77,7 +86,8 @@ def read_parent(directory: Path) -> dict[str, Any]:
     """Return what `parent.json` of an adapter directory says.
 
     ``{"path", "relative", "sha256"}`` of one that was trained here; of one that was uploaded ``{"sha256"}`` with
-    ``"relative"`` where the model lies beside the adapter, or ``"hub": {"repo", "revision", "folder"}``.
+    ``"relative"`` where the model lies beside the adapter, or ``"hub": {"repo", "revision", "folder"}``. With
+    ``"quantization"`` where it was trained on the model's weights quantised.
 
     Raises:
         ValueError: It does not say what it was trained on.

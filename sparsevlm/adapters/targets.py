@@ -84,6 +84,11 @@ def resolve_targets(model: Any, targets: Sequence[str]) -> Targets:
     )
 
 
+def parts_of_model(model: Any) -> dict[str, str]:
+    """Return the part of every module and stacked weight that can be adapted; "" for what only patterns reach."""
+    return dict(_modules(model)) | dict(_parameters(model))
+
+
 def _matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
 

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from sparsevlm.adapters.attach import load_adapter
-from sparsevlm.adapters.saved import ADAPTER_CONFIG, find_parent, is_adapter
+from sparsevlm.adapters.quantise import Settings, quantise
+from sparsevlm.adapters.saved import ADAPTER_CONFIG, QUANTISATION, find_parent, is_adapter, read_parent
 from sparsevlm.model.attention import supports_packed_sdpa
 from sparsevlm.model.configuration_sparsevlm import SparseVLMConfig
 from sparsevlm.model.modeling_sparsevlm import SparseVLMForConditionalGeneration, build_connector
@@ -235,6 +236,7 @@ def load_model(
     dtype: torch.dtype | str = "auto",
     attention: str = "auto",
     base: str | Path | None = None,
+    quantised: bool = True,
     **kwargs: Any,
 ) -> tuple[SparseVLMForConditionalGeneration, SparseVLMProcessor]:
     """Load a saved model and its processor; of an adapter, the model that it was trained on with the adapter attached.
@@ -244,6 +246,8 @@ def load_model(
         dtype: Type of the weights; ``"auto"`` keeps the saved one.
         attention: Attention of the language model, as in the recipe.
         base: Where the model is that an adapter was trained on, if not where the adapter says.
+        quantised: Quantise that model as it was in training, where it was; else the adapter is put on its weights as
+            they are saved.
         **kwargs: Passed to `from_pretrained`.
 
     Raises:
@@ -253,7 +257,14 @@ def load_model(
     adapter = _adapter_directory(path, kwargs.get("revision"))
     if adapter is not None:
         parent = find_parent(adapter, base)
-        model, _ = load_model(parent, dtype, attention, **{k: v for k, v in kwargs.items() if k != "revision"})
+        record = read_parent(adapter).get(QUANTISATION) if quantised else None
+        settings = None if record is None else Settings.from_dict(record)
+        kept = dtype if settings is None else getattr(torch, settings.dtype)  # equal bits need an equal start
+        model, _ = load_model(parent, kept, attention, **{k: v for k, v in kwargs.items() if k != "revision"})
+        if settings is not None:
+            quantise(model, settings)
+            if dtype != "auto":
+                nn.Module.to(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         load_adapter(model, adapter)
         return model.eval(), SparseVLMProcessor.from_pretrained(str(adapter))
     if base is not None:

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sparsevlm.adapters.logical import logical_shape
 from sparsevlm.adapters.names import is_adapter_parameter, routed_adapter, without_wrappers
 
 if TYPE_CHECKING:
@@ -135,8 +136,8 @@ def learning_rate(name: str, optim: Optim) -> float:
 
 
 def numel(parameter: Any) -> int:
-    """Return the number of elements, the true one where ZeRO-3 keeps only a shard here."""
-    return int(getattr(parameter, "ds_numel", None) or parameter.numel())
+    """Return the number of elements, the true one where ZeRO-3 keeps only a shard here or two share a byte."""
+    return int(getattr(parameter, "ds_numel", None) or logical_shape(parameter).numel())
 
 
 def select_trainable(model: nn.Module, trains: Iterable[str], optim: Optim | None = None) -> TrainableReport:

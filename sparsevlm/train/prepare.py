@@ -77,7 +77,7 @@ def start_model(recipe: Recipe, name: str, parent_dir: Path | None, console: Con
         model, processor = build_model(recipe.model, dtype)
         set_attention(model, attention)
     else:
-        model, processor = load_model(parent_dir, dtype, attention)
+        model, processor = load_model(parent_dir, dtype, attention, quantised=False)
     if adapted:
         detach(model, merge=True)
         model.requires_grad_(True)

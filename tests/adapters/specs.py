@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sparsevlm.adapters.names import is_adapter_parameter
-from sparsevlm.recipe.adapter import Lora, Mma
+from sparsevlm.recipe.adapter import Lora, Mma, QLora
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,16 @@ SPECS: tuple[Case, ...] = (
         Lora(type="lora", r=4, targets=["language", "vision", "moe.experts", "moe.router"]),
     ),
     Case("dora", Lora(type="lora", r=4, dora=True, rslora=True, targets=["language", "vision"])),
+    Case(
+        "qlora",
+        QLora(type="qlora", r=4, targets=["language", "vision"]),
+        QLora(type="qlora", r=4, targets=["language", "vision", "moe.experts", "moe.router"]),
+    ),
+    Case(
+        "int8",
+        QLora(type="qlora", r=4, dora=True, quantisation="int8", targets=["language", "vision"]),
+        QLora(type="qlora", r=4, quantisation="int8", targets=["language", "vision"], quantise=["language", "vision"]),
+    ),
     Case("mma", Mma(type="mma", dropout=0.0)),
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparsevlm.adapters import qlora
 from sparsevlm.adapters.attach import attach, detach, load_adapter, save_adapter
 from sparsevlm.adapters.names import is_adapter_parameter
+from sparsevlm.adapters.quantise import Settings, quantise
+from sparsevlm.adapters.saved import QUANTISATION, read_parent
 from sparsevlm.data.collate import Collator
 from sparsevlm.model.build import build_model
 from sparsevlm.model.modeling_sparsevlm import SparseVLMForConditionalGeneration
@@ -66,7 +70,12 @@ def test_every_type_of_the_recipe_is_tested() -> None:
 def test_the_start_is_the_parent(tiny_parts: dict[str, str], case: Case, upcycled: bool) -> None:
     model, processor = build(tiny_parts, upcycled)
     batch = batch_of(processor, packed=False)
-    want = logits(model, batch)
+    parent = model
+    if case.type == "qlora":  # what the adapter is put on is the quantised parent
+        parent = copy.deepcopy(model)
+        qlora.prepare(parent, case.on(upcycled))
+        assert 1e-4 < (logits(parent, batch) - logits(model, batch)).abs().max() < 0.5
+    want = logits(parent, batch)
     attach(model, case.on(upcycled))
     # float32; adding exact zeros changes nothing, DoRA divides by a norm and multiplies with it
     torch.testing.assert_close(logits(model, batch), want, atol=1e-6, rtol=0)
@@ -139,6 +148,8 @@ def test_what_is_saved_comes_back_to_the_bit(
     assert not torch.allclose(want, before, atol=1e-3)
     save_adapter(model, tmp_path / "adapter", parent)
     again: Any = SparseVLMForConditionalGeneration.from_pretrained(parent)
+    if QUANTISATION in read_parent(tmp_path / "adapter"):
+        quantise(again, Settings.from_dict(read_parent(tmp_path / "adapter")[QUANTISATION]))
     load_adapter(again, tmp_path / "adapter")
     assert torch.equal(logits(again.eval(), batch), want)
 

@@ -13,20 +13,29 @@ from pydantic import Field
 
 from sparsevlm.recipe.adapter.lora import Lora
 from sparsevlm.recipe.adapter.mma import Mma
+from sparsevlm.recipe.adapter.qlora import QLora
 from sparsevlm.recipe.section import CrossFault, names, view
 
-__all__ = ["ADAPTERS", "Adapter", "Lora", "Mma", "adapter_faults", "order_faults", "trains_beside"]
+__all__ = ["ADAPTERS", "Adapter", "Lora", "Mma", "QLora", "adapter_faults", "order_faults", "trains_beside"]
 
-Adapter = Annotated[Lora | Mma, Field(discriminator="type")]
+Adapter = Annotated[Lora | QLora | Mma, Field(discriminator="type")]
 """What `adapter` of a stage may be."""
 
-ADAPTERS: dict[str, Any] = {"lora": Lora, "mma": Mma}
+ADAPTERS: dict[str, Any] = {"lora": Lora, "qlora": QLora, "mma": Mma}
 """Type -> section."""
 
 
 def trains_beside(adapter: Any) -> list[str]:
-    """Return what trains beside an adapter where nothing is said: the connector, unless it is adapted itself."""
-    return ["adapter"] if "connector" in names(view(adapter).get("targets")) else ["adapter", "connector"]
+    """Return what trains beside an adapter where nothing is said: the connector, unless it is adapted or quantised."""
+    return ["adapter"] if _connector_taken(adapter) else ["adapter", "connector"]
+
+
+def _connector_taken(adapter: Any) -> str:
+    """Return what an adapter does with the connector, such that it cannot train in full."""
+    options = view(adapter)
+    if "connector" in names(options.get("targets")):
+        return "a target of the adapter: train it in full or adapt it"
+    return "quantised: train it in full or quantise it" if "connector" in names(options.get("quantise")) else ""
 
 
 def adapter_faults(trains: list[str], adapter: Any, parts: Sequence[str]) -> Iterator[CrossFault]:
@@ -40,8 +49,8 @@ def adapter_faults(trains: list[str], adapter: Any, parts: Sequence[str]) -> Ite
     for i, part in enumerate(trains):
         if part in parts and part not in ("adapter", "connector"):
             yield ("trains", i), f"only the connector can train in full beside an adapter, not {part!r}"
-        elif part == "connector" and "connector" in names(view(adapter).get("targets")):
-            yield ("trains", i), "the connector is a target of the adapter: train it in full or adapt it, not both"
+        elif part == "connector" and (taken := _connector_taken(adapter)):
+            yield ("trains", i), f"the connector is {taken}, not both"
 
 
 def order_faults(stages: dict[str, Any]) -> Iterator[CrossFault]:
