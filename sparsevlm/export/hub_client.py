@@ -103,29 +103,48 @@ def upload(
         ValueError: The Hub refuses, with what to do.
         OSError: It could not be reached, or was not well, `ATTEMPTS` times in a row.
     """
-    from huggingface_hub.errors import RepositoryNotFoundError
-
     check_repo(repo, revision)
     api, token = _api(token, endpoint)
     branch = revision or _MAIN
 
     def attempt() -> Pushed:
-        try:
-            about = api.model_info(repo)
-        except RepositoryNotFoundError:
-            api.create_repo(repo, private=True if private else None, exist_ok=True)
-            about = api.model_info(repo)
-        if private and about.private is False:
-            raise ValueError(
-                f"--private: {repo} exists and is public; nothing was sent. Make it private in its settings on the "
-                "Hub, or push to another name"
-            )
-        if branch != _MAIN and not branch.startswith("refs/"):
-            api.create_branch(repo, branch=branch, exist_ok=True)
+        _open(api, repo, private, [branch])
         return _commit(api, items, repo, branch, message)
 
     with _quiet_client():
         return _persist(attempt, repo, branch, token, pause, tell)
+
+
+def ensure_repo(repo: str, *, private: bool, branches: Sequence[str], attempts: int = 2) -> None:
+    """Make a repository and branches where there are none; shows early whether the token may write there.
+
+    Raises:
+        ValueError: It may not, or the repository is public and should be private.
+        OSError: The Hub could not be reached.
+    """
+    check_repo(repo, None)
+    api, token = _api(None, None)
+    with _quiet_client():
+        _persist(lambda: _open(api, repo, private, branches), repo, _MAIN, token, time.sleep, lambda _: None, attempts)
+
+
+def _open(api: HfApi, repo: str, private: bool, branches: Sequence[str]) -> None:
+    """Make a repository and branches where there are none."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        about = api.model_info(repo)
+    except RepositoryNotFoundError:
+        api.create_repo(repo, private=True if private else None, exist_ok=True)
+        about = api.model_info(repo)
+    if private and about.private is False:
+        raise ValueError(
+            f"--private: {repo} exists and is public; nothing was sent. Make it private in its settings on the Hub, or "
+            "push to another name"
+        )
+    for branch in branches:
+        if branch != _MAIN and not branch.startswith("refs/"):
+            api.create_branch(repo, branch=branch, exist_ok=True)
 
 
 def _api(token: str | None, endpoint: str | None) -> tuple[HfApi, str]:
@@ -243,10 +262,11 @@ def _persist(
     token: str,
     pause: Callable[[float], None],
     tell: Callable[[str], None],
+    attempts: int = ATTEMPTS,
 ) -> _T:
     """Try until it works, waiting longer each time; what cannot pass by waiting is raised at once."""
     wait = 1.0
-    for number in range(1, ATTEMPTS + 1):
+    for number in range(1, attempts + 1):
         try:
             return attempt()
         except Exception as error:
@@ -258,13 +278,13 @@ def _persist(
                 raise ValueError(_remedy(status, cause, repo, branch).replace(token, "***")) from None
             told = f"the Hub answered {status}" if status is not None else f"the connection broke ({_kind(cause)})"
             told = told.replace(token, "***")
-            if number == ATTEMPTS:
+            if number == attempts:
                 raise OSError(
-                    f"{told}, {ATTEMPTS} times in a row; nothing is visible in {repo} yet. Run the same command "
+                    f"{told}, {attempts} times in a row; nothing is visible in {repo} yet. Run the same command "
                     "again later: what has arrived is not sent again"
                 ) from None
             seconds = max(wait, after)
-            tell(f"{told}; attempt {number + 1} of {ATTEMPTS} in {seconds:.0f} s")
+            tell(f"{told}; attempt {number + 1} of {attempts} in {seconds:.0f} s")
             pause(seconds)
             wait = min(2 * wait, 60.0)
     raise AssertionError("the last attempt returns or raises")

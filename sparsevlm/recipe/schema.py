@@ -9,13 +9,14 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from sparsevlm.recipe.adapter import Adapter, adapter_faults, order_faults, trains_beside
+from sparsevlm.recipe.hub import Hub, hub_faults
 from sparsevlm.recipe.model import ConnectorBlock, Language, Model, Video, Vision
 from sparsevlm.recipe.moe import LayerChoice, Router, Upcycle
 from sparsevlm.recipe.section import KEY, CrossFault, Origin, Positive, Strict, names, number, view
 from sparsevlm.registry import DATA_FORMATS, EVAL_TASKS, UnknownNameError, suggest
 
 __all__ = [
-    "Adapter", "Batch", "ConnectorBlock", "Eval", "Language", "LayerChoice", "Mixture", "Model", "Optim", "Part",
+    "Adapter", "Batch", "ConnectorBlock", "Eval", "Hub", "Language", "LayerChoice", "Mixture", "Model", "Optim", "Part",
     "Recipe", "Router", "Sharding", "Source", "Stage", "Strict", "Upcycle", "Video", "Vision",
 ]  # fmt: skip
 
@@ -319,6 +320,9 @@ class Recipe(Strict):
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
     """Trackers; metrics.jsonl is always written."""
 
+    hub: Hub | None = None
+    """Upload what the run makes to the Hugging Face Hub."""
+
     _origin: Origin = PrivateAttr(default_factory=Origin)
 
     @classmethod
@@ -330,6 +334,7 @@ class Recipe(Strict):
             for name in names(view(raw.get(section))):
                 if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):  # no dot: overrides address by dotted path
                     yield (section, name, KEY), f"a name has letters, digits, '_' and '-' only, got {name!r}"
+        yield from hub_faults(raw.get("hub"), names(view(raw.get("stages"))))
         sources, tasks = view(raw.get("data")), names(raw.get("evals"))
         yield from ((("stages", *at), what) for at, what in order_faults(view(raw.get("stages"))))
         upcycled = ""

@@ -206,6 +206,14 @@ class ModelCheck:
             needed["deepspeed"] = "sharding"
         if self.recipe.model.language.attention.startswith("flash_attention"):
             needed["flash_attn"] = f"attention: {self.recipe.model.language.attention}"
+        if self.recipe.hub is not None:
+            from huggingface_hub import get_token
+
+            if get_token() is None:
+                self.notes.append(
+                    "hub: no token of the Hub here; where the run starts it needs one that may write (`hf auth login` "
+                    "or HF_TOKEN)"
+                )
         for package, option in needed.items():
             if find_spec(package) is None:
                 self.notes.append(f"'{option}' needs {package}, which is not installed here")

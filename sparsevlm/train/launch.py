@@ -20,6 +20,7 @@ from sparsevlm.recipe.schema import Recipe
 from sparsevlm.train import checkpoints
 from sparsevlm.train.expert_parallel import find_faults, find_model_faults
 from sparsevlm.train.fingerprint import check_unchanged
+from sparsevlm.train.hub_push import HubPusher, check_hub
 from sparsevlm.train.sharding import uses_deepspeed
 from sparsevlm.train.summary import STAGE_FILE, StageSummary, print_run, write_summary
 
@@ -80,8 +81,11 @@ def train(
     processes = _processes(gpus, nproc, nnodes, rdzv)
     console = Console(file=sys.stderr)
     _check(recipe, processes * nnodes, console)
+    if node_rank == 0:
+        check_hub(recipe, console)
     run_dir.mkdir(parents=True, exist_ok=True)
-    with _locked(run_dir, console) if node_rank == 0 else contextlib.nullcontext() as lock:
+    locked = _locked(run_dir, console) if node_rank == 0 else contextlib.nullcontext()
+    with locked as lock, HubPusher(recipe, run_dir, console, active=node_rank == 0) as hub:
         if node_rank == 0:
             checkpoints.write_atomically(run_dir / RECIPE, dump_recipe(recipe))
         parent: Path | None = None
@@ -98,9 +102,10 @@ def train(
                 _run_processes(recipe, name, parent, run_dir, nodes, lock, console)
             parent = stage_dir
             rows = write_summary(run_dir, list(recipe.stages)) if node_rank == 0 else []
-    if rows:
-        print_run(rows, Console())
-        console.print(f"run directory: {run_dir}", highlight=False)
+            hub.stage_done(name)
+        if rows:
+            print_run(rows, Console())
+            console.print(f"run directory: {run_dir}", highlight=False)
     return rows
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sparsevlm.model.modeling_sparsevlm import SparseVLMForConditionalGeneration
+from sparsevlm.recipe.hub import describe_hub
 from sparsevlm.recipe.load import RecipeError
 from sparsevlm.recipe.schema import Recipe, Stage
 from sparsevlm.train.check import ModelCheck, count_visual, parse_medium
@@ -35,8 +36,9 @@ def plan(recipe: Recipe, media: Sequence[str] = (), *, world: int = 1) -> dict[s
     Returns:
         ``{"recipe", "stages": [{"name", "trains", "lr", "parameters": {"total", "trainable", "activated",
         "language_model": {"total", "activated"}}, "visual_tokens": {medium: tokens}, "tokens_per_step",
-        "flops_per_step", "memory_per_rank_bytes", "memory"}], "notes"}``. `memory` divides the bytes by what they hold
-        (`host` comes on top); `notes` say what could not be checked. Formulas: `sparsevlm.train.flops`.
+        "flops_per_step", "memory_per_rank_bytes", "memory"}], "hub", "notes"}``. `memory` divides the bytes by what
+        they hold (`host` comes on top); `hub` says what is uploaded, `notes` what could not be checked. Formulas:
+        `sparsevlm.train.flops`.
 
     Raises:
         RecipeError: What does not fit, each at its line.
@@ -66,7 +68,8 @@ def plan(recipe: Recipe, media: Sequence[str] = (), *, world: int = 1) -> dict[s
         stages.append(_describe(model, tower, recipe, name, stage, shape, tokens, world))
     if check.faults:
         raise RecipeError(check.faults)
-    return {"recipe": recipe.name, "stages": stages, "notes": check.notes}
+    uploads = None if recipe.hub is None else describe_hub(recipe.hub, list(recipe.stages))
+    return {"recipe": recipe.name, "stages": stages, "hub": uploads, "notes": check.notes}
 
 
 def _describe(
@@ -126,6 +129,8 @@ def print_plan(document: dict[str, Any], console: Any = None) -> None:
     for label, cells in rows:
         table.add_row(label, *cells)
     console.print(table)
+    if document["hub"] is not None:
+        console.print(f"hub: {document['hub']}", highlight=False, markup=False)
     for note in document["notes"]:
         console.print(f"note: {note}", highlight=False, markup=False)
 

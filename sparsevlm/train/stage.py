@@ -129,6 +129,8 @@ def run_stage(
         marker=marker,
         callbacks=[MetricsWriter(stage_dir / METRICS), progress, *balance_callbacks(model)],
     )
+    if recipe.hub is not None:
+        trainer.add_callback(_snapshots(trainer, recipe, name, stage_dir, start, console))
     try:
         trainer.train(str(resume) if resume is not None else None)
     finally:
@@ -251,6 +253,26 @@ def save_output(trainer: VLMTrainer, recipe: Recipe, stage_dir: Path, start: Pat
 
     The files are written beside and moved in at the end; the stage counts as finished only with `finish_stage`.
     """
+    output = stage_dir / _OUTPUT
+    if write_output(trainer, recipe, output, stage_dir, start):
+        for file in output.iterdir():
+            file.replace(stage_dir / file.name)
+        output.rmdir()
+
+
+def write_output(trainer: VLMTrainer, recipe: Recipe, output: Path, home: Path, start: Path | None = None) -> bool:
+    """Write model, or adapter, and processor into a directory; all ranks call it.
+
+    Args:
+        trainer: Of the stage.
+        recipe: The recipe.
+        output: The directory; replaced where it is there.
+        home: Where the files are moved to afterwards.
+        start: What an adapter was trained on.
+
+    Returns:
+        Whether this rank wrote them.
+    """
     from sparsevlm.adapters.attach import has_adapter, save_adapter
 
     model, state = trainer.vlm, None
@@ -262,22 +284,43 @@ def save_output(trainer: VLMTrainer, recipe: Recipe, stage_dir: Path, start: Pat
         # transformers' sharded loading notes renamings that it did not do, and saving would undo them.
         vars(model).pop("_weight_conversions", None)
     if not trainer.args.should_save:
-        return
+        return False
     if recipe.model.dtype == "float16":
         state = _float16(state or model.state_dict())
-    output = stage_dir / _OUTPUT
     if output.exists():
         shutil.rmtree(output)
     if has_adapter(model):
         assert start is not None
-        save_adapter(model, output, start, state, home=stage_dir)
+        save_adapter(model, output, start, state, home=home)
     else:
         model.save_pretrained(output, state_dict=state)
         _declare_dtype(output / "config.json", recipe.model.dtype)
     trainer.processing_class.save_pretrained(output)  # pyright: ignore
-    for file in output.iterdir():
-        file.replace(stage_dir / file.name)
-    output.rmdir()
+    return True
+
+
+def _snapshots(trainer: Any, recipe: Recipe, name: str, stage_dir: Path, start: Path | None, console: Console) -> Any:
+    """Return the callback that writes what is uploaded in the middle of a stage."""
+    from sparsevlm.train.hub_writer import HubSnapshots
+
+    def write(output: Path, home: Path) -> bool:
+        return write_output(trainer, recipe, output, home, start)
+
+    def records(step: int) -> dict[str, str]:
+        metrics = stage_dir / METRICS
+        told = {"stage": name, "step": step, "versions": versions()}
+        return {
+            "recipe.yaml": dump_recipe(recipe),
+            STAGE_FILE: json.dumps(told, indent=2) + "\n",
+            METRICS: metrics.read_text(encoding="utf-8") if metrics.is_file() else "",
+        }
+
+    def warn(text: str) -> None:
+        console.print(f"{name}: {text}", highlight=False, markup=False)
+
+    assert recipe.hub is not None
+    chosen = recipe.hub.stages is None or name in recipe.hub.stages
+    return HubSnapshots(recipe.hub.every if chosen else None, stage_dir, write, records, trainer.leave_out, warn)
 
 
 def _float16(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -388,4 +388,8 @@ class VLMTrainer(SFTTrainer):
             )
             checkpoints.rotate(root)
         self.accelerator.wait_for_everyone()
-        self._window.leave_out(time.perf_counter() - started)
+        self.leave_out(time.perf_counter() - started)
+
+    def leave_out(self, seconds: float) -> None:
+        """Do not count seconds in which nothing was trained."""
+        self._window.leave_out(seconds)

@@ -60,6 +60,8 @@ class Fault:
     body: str = ""
     late: bool = False
     """Do what was asked first, then fail: the answer is lost, not the request."""
+    hang: bool = False
+    """Answer only once `Hub.answer` is set, then as if nothing were."""
 
 
 class Hub:
@@ -72,6 +74,7 @@ class Hub:
         self.requests: list[tuple[str, str, int]] = []
         """Method, path, bytes of the body that arrived."""
         self.lock = threading.RLock()
+        self.answer = threading.Event()
         hub = self
 
         class Handler(_Handler):
@@ -88,6 +91,7 @@ class Hub:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.answer.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -143,6 +147,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         path = unquote(urlsplit(self.path).path)
         fault = self._fault(path)
+        if fault is not None and fault.hang:
+            self.hub.answer.wait()
+            fault = None
         if fault is not None and not fault.late and not fault.status:
             self.rfile.read(min(64, int(self.headers.get("Content-Length", 0))))  # in the middle of the body
             self._break()
