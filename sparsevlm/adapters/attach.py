@@ -28,7 +28,7 @@ from sparsevlm.recipe.adapter import Adapter
 NAME = "default"
 """PEFT's name of the one adapter that a model here has."""
 
-PREPARE = {"lora": "lora", "qlora": "qlora", "mma": "mma.prepare"}
+PREPARE = {"lora": "lora", "qlora": "qlora", "mma": "mma.prepare", "lora_experts": "lora_experts.prepare"}
 """Type of a recipe's adapter -> module of this folder whose ``prepare(model, spec)`` returns a `Prepared`."""
 
 _PREFIX = "base_model.model."
@@ -238,7 +238,7 @@ def detach(model: Any, *, merge: bool) -> None:
 
     assert not merge or settings_of(model) is None, "load the adapter on weights that are not quantised to merge it"
     forget_marks(model)
-    for name, module in list(model.named_modules()):
+    for name, module in reversed(list(model.named_modules())):  # layers within layers first, while their names hold
         if not isinstance(module, BaseTunerLayer) or name.endswith(".base_layer"):
             continue
         layer: Any = module

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from sparsevlm.adapters.names import is_adapter_parameter
-from sparsevlm.recipe.adapter import Lora, Mma, QLora
+from sparsevlm.recipe.adapter import Lora, LoraExperts, Mma, QLora
+from sparsevlm.recipe.moe import Router
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ SPECS: tuple[Case, ...] = (
         QLora(type="qlora", r=4, quantisation="int8", targets=["language", "vision"], quantise=["language", "vision"]),
     ),
     Case("mma", Mma(type="mma", dropout=0.0)),
+    Case("lora_experts", LoraExperts(type="lora_experts", r=4, router=Router(init_std=1.0))),
 )
 
 

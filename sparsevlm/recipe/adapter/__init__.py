@@ -12,16 +12,17 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from sparsevlm.recipe.adapter.lora import Lora
+from sparsevlm.recipe.adapter.lora_experts import LoraExperts
 from sparsevlm.recipe.adapter.mma import Mma
 from sparsevlm.recipe.adapter.qlora import QLora
 from sparsevlm.recipe.section import CrossFault, names, view
 
-__all__ = ["ADAPTERS", "Adapter", "Lora", "Mma", "QLora", "adapter_faults", "order_faults", "trains_beside"]
+__all__ = ["ADAPTERS", "Adapter", "Lora", "LoraExperts", "Mma", "QLora", "adapter_faults", "order_faults", "trains_beside"]
 
-Adapter = Annotated[Lora | QLora | Mma, Field(discriminator="type")]
+Adapter = Annotated[Lora | QLora | Mma | LoraExperts, Field(discriminator="type")]
 """What `adapter` of a stage may be."""
 
-ADAPTERS: dict[str, Any] = {"lora": Lora, "qlora": QLora, "mma": Mma}
+ADAPTERS: dict[str, Any] = {"lora": Lora, "qlora": QLora, "mma": Mma, "lora_experts": LoraExperts}
 """Type -> section."""
 
 
