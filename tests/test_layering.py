@@ -17,6 +17,7 @@ LAYERS: dict[str, int] = {
     "recompute": 2,
     "vision.preprocess": 2,
     "vision.encoder": 2,
+    "vision.frames": 2,
     "moe": 2,
     "connectors": 2,
     "fusion": 3,

@@ -16,6 +16,9 @@ from sparsevlm.adapters.lora_experts.model import LoraExpertsModel
 from sparsevlm.adapters.mma.config import METHOD as MMA
 from sparsevlm.adapters.mma.config import MmaConfig
 from sparsevlm.adapters.mma.model import MmaModel
+from sparsevlm.adapters.token_lora.config import METHOD as TOKEN_LORA
+from sparsevlm.adapters.token_lora.config import TokenLoraConfig
+from sparsevlm.adapters.token_lora.model import TokenLoraModel
 
 
 def register() -> None:
@@ -24,7 +27,11 @@ def register() -> None:
     configs: Any = mapping.PEFT_TYPE_TO_CONFIG_MAPPING
     tuners: Any = mapping.PEFT_TYPE_TO_TUNER_MAPPING
     prefixes: Any = mapping.PEFT_TYPE_TO_PREFIX_MAPPING
-    for method, config, tuner in ((MMA, MmaConfig, MmaModel), (LORA_EXPERTS, LoraExpertsConfig, LoraExpertsModel)):
+    for method, config, tuner in (
+        (MMA, MmaConfig, MmaModel),
+        (LORA_EXPERTS, LoraExpertsConfig, LoraExpertsModel),
+        (TOKEN_LORA, TokenLoraConfig, TokenLoraModel),
+    ):
         for table, entry in ((configs, config), (tuners, tuner), (prefixes, tuner.prefix)):
             taken = table.setdefault(method, entry)
             assert taken is entry, f"PEFT's tables already have {method}: {taken}"

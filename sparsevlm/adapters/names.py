@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-PREFIXES: tuple[str, ...] = ("lora_", "mma_", "mole_")
+PREFIXES: tuple[str, ...] = ("lora_", "mma_", "mole_", "loras_")
 """How the modules begin that adapters of each method add, as in PEFT's tables."""
 
 _MARKS = tuple(f".{prefix}" for prefix in PREFIXES)

@@ -28,6 +28,7 @@ from sparsevlm.moe.losses import add_routing_losses, wants_losses
 from sparsevlm.moe.padding import leave_out_padding, padding_mask
 from sparsevlm.moe.router import collect_routing, mark_initialized
 from sparsevlm.vision.encoder import default_image_size, encode_frames, feature_dim, output_grid
+from sparsevlm.vision.frames import encoding, frame_positions
 from sparsevlm.vision.tokens import MEDIA_KINDS, Grid, MediaKind, VisualTokens
 
 attention.register()
@@ -98,7 +99,8 @@ class SparseVLMModel(SparseVLMPreTrainedModel):
             The visual tokens, ``(N, H)``.
         """
         frozen = not any(parameter.requires_grad for parameter in self.vision_tower.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+        grad = torch.set_grad_enabled(torch.is_grad_enabled() and not frozen)
+        with grad, encoding(frame_positions(grids, kinds, owners)):
             features = encode_frames(
                 self.vision_tower,
                 pixel_values,

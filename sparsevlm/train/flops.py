@@ -20,6 +20,7 @@ from sparsevlm.adapters.names import is_adapter_parameter, routed_adapter
 from sparsevlm.recipe.schema import Recipe, Stage
 from sparsevlm.train.sharding import deepspeed_config, uses_deepspeed
 from sparsevlm.vision.encoder import encode_frames
+from sparsevlm.vision.frames import encoding
 
 _LAYER = re.compile(r"\.(\d+)\.")
 
@@ -165,7 +166,8 @@ def measure_tower(model: Any, image_size: int) -> Tower:
     weighted = (nn.Linear, nn.Conv1d, nn.Conv2d)
     handles = [module.register_forward_hook(count) for module in tower.modules() if isinstance(module, weighted)]
     try:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        # As a slice, not a whole picture: adapters that tell them apart may leave whole pictures alone.
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), encoding([0]):
             features = encode_frames(
                 tower,
                 torch.empty(1, 3, image_size, image_size, device="meta"),

@@ -5,7 +5,6 @@ Legend: B rows, T tokens a row, M modalities.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,11 +14,6 @@ from torch import Tensor, nn
 from sparsevlm.adapters.mma.context import IMAGE, VIDEO, given_modality
 
 _REMEDY = "say it: with sparsevlm.adapters.mma.use_modality(ids), ids (B,) or (B, T), 0 text, 1 image"
-
-
-def named_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the inputs of a module's forward pass by name."""
-    return {**dict(zip(inspect.signature(module.forward).parameters, args)), **kwargs}
 
 
 def sample_modality(module: nn.Module, inputs: Mapping[str, Any], modalities: int, text_only: bool) -> Tensor:

@@ -33,9 +33,10 @@ from sparsevlm.adapters.mma.context import (
     running,
     set_running,
 )
-from sparsevlm.adapters.mma.inputs import named_inputs, sample_modality
+from sparsevlm.adapters.mma.inputs import sample_modality
 from sparsevlm.adapters.mma.layer import MERGE_REFUSED, MmaLayer
-from sparsevlm.adapters.mma.places import Place, find_parts, find_places
+from sparsevlm.adapters.mma.places import Place, find_places
+from sparsevlm.adapters.passes import add_hooks, find_parts, models_to, named_inputs, remove_hooks
 
 
 class MmaModel(BaseTuner):
@@ -89,23 +90,11 @@ class MmaModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """Put the adapter in and have the model announce its samples' modality."""
-        # At import it would cost every import of PEFT a second.
-        from transformers import PreTrainedModel
-
         super().inject_adapter(model, *args, **kwargs)
         language, _ = find_parts(model)
         for path in language:
-            steps = path.split(".") if path else []
-            for n in range(len(steps) + 1):
-                module = model.get_submodule(".".join(steps[:n]))
-                # Only models: what a plain module is called with need not be what the decoder in it sees.
-                if not isinstance(module, PreTrainedModel):
-                    continue
-                if not any(isinstance(hook, _Start) for hook in module._forward_pre_hooks.values()):
-                    start = _Start(".".join(steps[n:]), text_only=not find_parts(module)[1])
-                    module.register_forward_pre_hook(start, with_kwargs=True)
-                    # Also after an error: the next forward pass must not see this one's samples.
-                    module.register_forward_hook(_end, always_call=True)
+            for module, rest in models_to(model, path):
+                add_hooks(module, _Start(rest, text_only=not find_parts(module)[1]), _end)
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(MERGE_REFUSED)
@@ -116,12 +105,7 @@ class MmaModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
-        for module in model.modules():
-            for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                for key in [key for key, hook in hooks.items() if isinstance(hook, _Start) or hook is _end]:
-                    hooks.pop(key)
-                    for flags in (module._forward_pre_hooks_with_kwargs, module._forward_hooks_always_called):
-                        flags.pop(key, None)
+        remove_hooks(model, lambda hook: isinstance(hook, _Start) or hook is _end)
         return model
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from sparsevlm.adapters.mma.config import MmaConfig
 from sparsevlm.adapters.mma.layer import Source
+from sparsevlm.adapters.passes import find_parts
 from sparsevlm.surgery import LayerChoice, decoder_layers, resolve_layers
 
 ATTENTIONS = ("self_attn", "attention", "attn", "self_attention")
@@ -28,27 +29,6 @@ class Place:
     dim: int
     source: Source
     holds_modality: bool = False
-
-
-def find_parts(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the language models without head, and the vision towers, of a model: path -> module."""
-    # At import it would cost `import sparsevlm` a second.
-    from transformers import PreTrainedModel
-
-    language: dict[str, Any] = {}
-    vision: dict[str, Any] = {}
-    for path, module in model.named_modules():
-        if not isinstance(module, PreTrainedModel) or any(
-            path == done or path.startswith(f"{done}." if done else "") for done in (*language, *vision)
-        ):
-            continue
-        if hasattr(module.config, "vision_config") or hasattr(module.config, "text_config"):
-            continue  # made of several: its parts come later in the walk
-        if module.main_input_name == "pixel_values":
-            vision[path] = module
-        elif module.main_input_name == "input_ids" and module.base_model is module:
-            language[path] = module
-    return language, vision
 
 
 def find_places(model: nn.Module, config: MmaConfig) -> dict[str, Place]:
