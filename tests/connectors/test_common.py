@@ -20,6 +20,7 @@ EXAMPLES = {
     "pixel_shuffle": [{}, {"factor": 3}],
     "concat": [{}, {"number": 3}],
     "adaptive_pool": [{"size": 3}, {"size": [5, 2]}],
+    "class_token": [{}, {"levels": 3}],
     "dpc_knn": [{}, {"clusters": [6, 3], "neighbours": [2, 2], "frames_per_event": 4, "min_temporal_neighbours": 2}],
 }
 INPUT_DIM, TEXT_DIM = 12, 8
