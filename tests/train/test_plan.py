@@ -96,6 +96,15 @@ def test_projector_counts_and_token_counts(moe_llava):
     assert stage_of(llava, "instruct")["visual_tokens"] == {"640x480": 576, "64f@1280x720": 64 * 576}
 
 
+@pytest.mark.parametrize(("name", "published"), [("7b", 3_781_296), ("13b", 5_390_080)])
+def test_lavin_trains_exactly_what_the_published_code_trains(name, published):
+    """Adapters of language model and tower, projector, modality embedding (LaVIN's code, names with `adapter`)."""
+    stage = stage_of(plan(load_recipe(f"recipes/lavin/{name}.yaml"), ["640x480"]), "scienceqa")
+    assert stage["parameters"]["trainable"] == published
+    assert stage["visual_tokens"] == {"640x480": 6}
+    assert stage["lr"] == {"adapter": 9e-3 * 32 / 256, "connector": 9e-3 * 32 / 256}
+
+
 def test_chat_univi_token_counts():
     media = ["640x480", "1f@9x9", "2f@9x9", "3f@9x9", "16f@9x9", "17f@9x9", "48f@9x9", "64f@9x9", "500f@9x9"]
     recipe = load_recipe("recipes/chat_univi/7b.yaml")

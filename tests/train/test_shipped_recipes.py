@@ -39,8 +39,12 @@ def shrink(recipe: Recipe, parts: dict[str, str], records: Path) -> dict[str, An
     raw = recipe.model_dump(mode="json", exclude_unset=True)
     raw["output"], raw["report_to"], raw["evals"] = str(records.parent / "run"), [], {}
     vision = raw["model"]["vision"]
-    raw["model"]["vision"] = {"path": parts["vision"]} | {k: vision[k] for k in ("layer", "resize") if k in vision}
-    if isinstance(vision.get("layer"), int) and vision["layer"] < -2:
+    raw["model"]["vision"] = {"path": parts["vision"]} | {
+        k: vision[k] for k in ("layer", "select", "resize") if k in vision
+    }
+    if isinstance(vision.get("layer"), list):
+        raw["model"]["vision"]["layer"] = [1 + i % 2 for i in range(len(vision["layer"]))]
+    elif vision.get("layer", -1) < -2:
         raw["model"]["vision"]["layer"] = -2
     raw["model"]["language"] = {"path": parts["language"], "chat_template": recipe.model.language.chat_template}
     raw["model"]["video"] = {"fps": None, "max_frames": 3}
