@@ -37,6 +37,10 @@ def merge(
         bool, typer.Option("--untie", help="Write two tensors where the adapter changes one of two tied embeddings.")
     ] = False,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare logits; loads both models whole.")] = True,
+    unmerge: Annotated[
+        bool,
+        typer.Option("--unmerge", help="Take the change off what was written and compare with the base, by weight."),
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Merge one LoRA adapter, or several, into their base: a whole model that needs no PEFT.
@@ -61,5 +65,6 @@ def merge(
         max_shard_size=max_shard_size,
         untie=untie,
         check=check,
+        unmerge=unmerge,
     )
     print_report(report, out, Console())

@@ -18,8 +18,7 @@ from sparsevlm.adapters.saved import (
     parent_name,
     read_parent,
 )
-from sparsevlm.export.source import fetch
-from sparsevlm.rundir import COMPLETE, complete_stages
+from sparsevlm.rundir import COMPLETE, complete_stages, resolve_model
 
 _LORA = "LORA"
 
@@ -245,6 +244,10 @@ def _whole(name: str) -> Path:
         raise ValueError(
             f"{name} is an adapter itself, not a base; merge that one first, and pass the result as --base"
         )
+    if Path(name).is_dir():
+        return Path(resolve_model(name))
+    from sparsevlm.export.source import fetch  # the parts that the package ships, and the Hub
+
     return fetch(name)
 
 

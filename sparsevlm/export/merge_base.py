@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsevlm.export.disk_layout import skeleton, stored_names, tied_names, to_disk, use_saving_layout
@@ -57,6 +58,10 @@ class Base:
     def skeleton(self) -> PreTrainedModel:
         """Return a new model of this class without weights."""
         return skeleton(self.model_class, self.config)
+
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield its modules, without weights."""
+        yield from self._model.named_modules()
 
     def keys(self, name: str) -> list[str]:
         """Return the keys on disk of a parameter: one, or several where it is stored in pieces.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsevlm.export.check import HALF_TOLERANCE, TOLERANCE, picture
+from sparsevlm.export.merge_read import peft_config
 
 if TYPE_CHECKING:
     from sparsevlm.export.merge_adapter import AdapterFolder
@@ -75,7 +76,9 @@ def compare(base: Base, adapter: AdapterFolder, result: Path, dtype: torch.dtype
     gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's of target_parameters and tied weights, which were looked at
-        unmerged: Any = PeftModel.from_pretrained(_load(base, base.directory, kernel), str(adapter.directory)).eval()
+        model = _load(base, base.directory, kernel)
+        config = peft_config(adapter, base.tied)
+        unmerged: Any = PeftModel.from_pretrained(model, str(adapter.directory), config=config).eval()
     wanted = _logits(unmerged, samples)
     with unmerged.disable_adapter():
         before = _logits(unmerged, samples)

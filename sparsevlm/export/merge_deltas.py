@@ -6,6 +6,7 @@ layouts of PEFT 0.21: ``peft/tuners/lora/layer.py`` and ``dora.py``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -70,11 +71,15 @@ class LowRank:
 
     def delta(self) -> Tensor:
         """Return ``scaling * B A`` in the weight's shape and float32, without DoRA's rescaling."""
-        if self.stacked:
-            product = torch.bmm(self.b.float(), self.a.float())
-        else:
-            product = self.b.float().flatten(1) @ self.a.float().flatten(1)
-        product.mul_(self.scaling)
+        b, a = self.b.float(), self.a.float()
+        exact = (
+            self.scaling > 0 and math.frexp(self.scaling)[0] == 0.5
+        )  # a power of two: the same bits, before or after
+        if exact:
+            b = b * self.scaling
+        product = torch.bmm(b, a) if self.stacked else b.flatten(1) @ a.flatten(1)
+        if not exact:
+            product.mul_(self.scaling)
         return (product.mT if self.transposed else product).reshape(self.shape)
 
     def apply(self, weight: Tensor) -> Tensor:
@@ -82,10 +87,15 @@ class LowRank:
         merged = self.delta().add_(weight)
         if self.magnitude is None:
             return merged
-        rows = merged.mT if self.transposed else merged  # a row an output
+        return merged * self.factor(merged)
+
+    def factor(self, adapted: Tensor) -> Tensor:
+        """Return what DoRA multiplies the adapted weight by, in a shape that broadcasts over it."""
+        assert self.magnitude is not None
+        rows = adapted.mT if self.transposed else adapted  # a row an output
         norms = torch.linalg.norm(rows.flatten(1), dim=1)
         factor = self.magnitude.float().flatten() / norms
-        return merged * (factor if self.transposed else factor.reshape(-1, *(1 for _ in self.shape[1:])))
+        return factor if self.transposed else factor.reshape(-1, *(1 for _ in self.shape[1:]))
 
 
 @dataclass
@@ -119,7 +129,7 @@ class Edit:
             for share, edit in self.mixed:
                 merged = merged + share * (edit.apply(weight).float() - start)
         if self.shift is not None:
-            merged = merged.float() + self.shift.float()
+            merged = torch.add(self.shift.float(), merged)
         if self.rows is not None:
             merged = merged.float().index_copy(0, self.rows[0], self.rows[1].float())
         return merged

@@ -11,12 +11,14 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sparsevlm.adapters.saved import ADAPTER_WEIGHTS
 from sparsevlm.export.merge_adapter import AdapterFolder
 from sparsevlm.export.merge_deltas import Edit, Edits, LowRank
+from sparsevlm.export.merge_plain import read_plain
 
 if TYPE_CHECKING:
     from sparsevlm.export.merge_base import Base
@@ -32,7 +34,11 @@ def read_edits(adapter: AdapterFolder, base: Base) -> Edits:
         ValueError: The adapter does not fit the base: modules that it has not, shapes, missing or superfluous tensors;
             a tensor is not finite; or a layer is one that cannot be merged on disk.
     """
-    model, tensors = _attach(adapter, base)
+    config, file = peft_config(adapter, base.tied), load_file(adapter.directory / ADAPTER_WEIGHTS)
+    plain = read_plain(config, file, base)
+    if plain is not None:
+        return plain
+    model, tensors = _attach(adapter, base, config, file)
     by_name: dict[str, Edit] = {}
 
     def edit(name: str) -> Edit:
@@ -56,11 +62,33 @@ def read_edits(adapter: AdapterFolder, base: Base) -> Edits:
     return Edits.of(by_name)
 
 
-def _attach(adapter: AdapterFolder, base: Base) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Return PEFT's model on the meta device, and the adapter's tensors by their names in it."""
-    from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+def peft_config(adapter: AdapterFolder, tied: Mapping[str, str]) -> Any:
+    """Return PEFT's configuration of an adapter.
+
+    An adapter of tied embeddings (`ensure_weight_tying`) names one of them once PEFT has saved it, so that PEFT loads
+    it without the other. Here both are named again, as when it was trained.
+
+    Args:
+        adapter: The adapter.
+        tied: Names of weights that share another: ``{name: the other's name}``.
+    """
+    from peft import PeftConfig
 
     config: Any = PeftConfig.from_pretrained(str(adapter.directory))
+    if getattr(config, "ensure_weight_tying", False) and isinstance(config.target_modules, set):
+        with safe_open(adapter.directory / ADAPTER_WEIGHTS, framework="pt") as file:
+            keys = list(file.keys())
+        adapted = {key.removeprefix(_PREFIX).partition(".lora_")[0] for key in keys if ".lora_" in key}
+        config.target_modules |= {name.removesuffix(".weight") for name in tied} & adapted
+    return config
+
+
+def _attach(
+    adapter: AdapterFolder, base: Base, config: Any, file: dict[str, Tensor]
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Return PEFT's model on the meta device, and the adapter's tensors by their names in it."""
+    from peft import PeftModel, set_peft_model_state_dict
+
     config.inference_mode = True
     sorted_in: dict[str, Tensor] = {}
 
@@ -72,7 +100,7 @@ def _attach(adapter: AdapterFolder, base: Base) -> tuple[nn.Module, dict[str, Te
             warnings.simplefilter("ignore")
             model: Any = PeftModel(base.skeleton(), config, _NAME, low_cpu_mem_usage=True)
             model.load_state_dict = keep  # the last thing that PEFT does with them
-            set_peft_model_state_dict(model, load_file(adapter.directory / ADAPTER_WEIGHTS), _NAME)
+            set_peft_model_state_dict(model, file, _NAME)
     except KeyError as error:
         raise ValueError(f"{adapter.name} lacks {error}, which its configuration promises; save it again") from error
     except (ValueError, AttributeError, RuntimeError) as error:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from sparsevlm.export.merge_check import MergeCheck
+    from sparsevlm.export.merge_unmerge import Unmerged
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class MergeReport:
         files: Weight files written.
         nbytes: Their size.
         notes: What else the user should know.
+        unmerged: What came back of the base, None where that was not looked at.
         check: The comparison of logits, None where that was not looked at.
     """
 
@@ -50,6 +52,7 @@ class MergeReport:
     files: int
     nbytes: int
     notes: tuple[str, ...] = ()
+    unmerged: Unmerged | None = None
     check: MergeCheck | None = None
 
 
@@ -70,6 +73,8 @@ def print_report(report: MergeReport, out: Path, console: Console) -> None:
     if report.untied:
         lines.append("untied: input and output embeddings are two tensors now; config.json says so")
     lines += [f"note: {note}" for note in report.notes]
+    if report.unmerged is not None:
+        lines += report.unmerged.describe()
     lines += ["logits: not compared"] if report.check is None else report.check.describe()
     files = "1 file" if report.files == 1 else f"{report.files} files"
     lines.append(f"wrote {out} ({report.nbytes / 1e6:.1f} MB of weights in {files})")
