@@ -67,7 +67,7 @@ def has_adapter(model: nn.Module) -> bool:
     return bool(getattr(model, "peft_config", None))
 
 
-def attach(model: Any, spec: Adapter, *, seed: int = 0) -> AdapterReport:
+def attach(model: Any, spec: Adapter, *, seed: int = 0, start: Mapping[str, Tensor] | None = None) -> AdapterReport:
     """Attach a fresh adapter, in place; also on the meta device, where nothing is drawn.
 
     Its weights are float32, whatever the model's are, and depend on `seed` alone. The model computes what it did
@@ -77,6 +77,8 @@ def attach(model: Any, spec: Adapter, *, seed: int = 0) -> AdapterReport:
         model: A `SparseVLMForConditionalGeneration` without an adapter.
         spec: The recipe's section.
         seed: Of the adapter's weights.
+        start: What an adapter begins with that is made before training (`inits.draw_start`). Needed on the real device
+            where it is made from data; one that is made from the weights is made here by default.
 
     Raises:
         ValueError: A target matches nothing (`TargetError`), or cannot be adapted as asked.
@@ -86,6 +88,8 @@ def attach(model: Any, spec: Adapter, *, seed: int = 0) -> AdapterReport:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         _inject(model, prepared.config)
+        if prepared.finish is not None:
+            prepared.finish(model, start)
     trainable = sum(parameter.numel() for _, parameter in _weights(model))
     return AdapterReport(
         spec.type, prepared.counts, prepared.modules, prepared.parameters, trainable, prepared.quantised
@@ -148,6 +152,9 @@ def adapter_state(model: Any, state: Mapping[str, Tensor] | None = None) -> tupl
     """
     from peft import get_peft_model_state_dict
 
+    from sparsevlm.adapters.experts import whole_stacks
+    from sparsevlm.adapters.inits import as_plain
+
     whole = dict(model.state_dict() if state is None else state)
     blocks = [
         f"model.connector.{i}"
@@ -155,6 +162,7 @@ def adapter_state(model: Any, state: Mapping[str, Tensor] | None = None) -> tupl
         if any(p.requires_grad and not is_adapter_parameter(name) for name, p in block.named_parameters())
     ]
     tensors = get_peft_model_state_dict(model, whole, NAME, save_embedding_layers=False)
+    tensors = whole_stacks(model, as_plain(model, tensors))
     tensors |= {key: value for key, value in whole.items() if key.startswith(tuple(f"{block}." for block in blocks))}
     return {f"{_PREFIX}{key}": value.detach().cpu().contiguous() for key, value in sorted(tensors.items())}, blocks
 
@@ -173,10 +181,12 @@ def save_adapter(
     """
     from safetensors.torch import save_file
 
+    from sparsevlm.adapters.inits import plain_fields
+
     directory.mkdir(parents=True, exist_ok=True)
     tensors, blocks = adapter_state(model, state)
     config = model.peft_config[NAME]
-    fields = config.to_dict() | {
+    fields = plain_fields(model, config.to_dict()) | {
         "base_model_name_or_path": str(parent.resolve()),
         "modules_to_save": blocks or None,
         "inference_mode": True,
@@ -236,8 +246,11 @@ def detach(model: Any, *, merge: bool) -> None:
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    from sparsevlm.adapters.inits import take_back
+
     assert not merge or settings_of(model) is None, "load the adapter on weights that are not quantised to merge it"
     forget_marks(model)
+    take_back(model, merged=merge)
     for name, module in reversed(list(model.named_modules())):  # layers within layers first, while their names hold
         if not isinstance(module, BaseTunerLayer) or name.endswith(".base_layer"):
             continue

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sparsevlm.adapters.quantise import Quantised
 
 
@@ -19,6 +22,7 @@ class Prepared:
         modules: Modules that are adapted.
         parameters: Stacked parameters that are adapted.
         quantised: What was quantised in the model before.
+        finish: Called when PEFT's layers are in place, with the model and the start that `attach` was given.
     """
 
     config: Any
@@ -26,3 +30,4 @@ class Prepared:
     modules: tuple[str, ...]
     parameters: tuple[str, ...] = ()
     quantised: Quantised | None = None
+    finish: Callable[[Any, Mapping[str, Tensor] | None], None] | None = None

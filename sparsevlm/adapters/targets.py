@@ -57,11 +57,16 @@ class Targets:
     counts: dict[str, int]
 
 
-def resolve_targets(model: Any, targets: Sequence[str]) -> Targets:
+def resolve_targets(model: Any, targets: Sequence[str], *, shared: bool = True) -> Targets:
     """Find what targets mean in a model, also on the meta device.
 
     Left out are what no gradient would reach: layers of the tower after the one whose features are taken, and its
     pooling head.
+
+    Args:
+        model: The model.
+        targets: Parts and patterns.
+        shared: `moe.experts` means the shared expert too.
 
     Raises:
         TargetError: A target matches nothing; the message has the nearest names.
@@ -73,6 +78,7 @@ def resolve_targets(model: Any, targets: Sequence[str]) -> Targets:
     for target in targets:
         if target in PARTS:
             found = {name for name, part in (modules | parameters).items() if f"{part}.".startswith(f"{target}.")}
+            found = found if shared else {name for name in found if modules.get(name) != "moe.experts"}
         else:
             found = {name for name in modules | parameters if _matches(name, target)}
         if not found:

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from sparsevlm.adapters.names import is_adapter_parameter
 from sparsevlm.moe.block import initialize_moe, set_implementation
 from sparsevlm.moe.router import KEEP_FLOAT32
 
@@ -30,6 +31,34 @@ class MoePreTrainedModel(PreTrainedModel):
         """Draw what no checkpoint holds; the decoder's own class does not know the MoE blocks in it."""
         super().initialize_weights()
         initialize_moe(self)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save the whole model, as any model of transformers.
+
+        Raises:
+            ValueError: An adapter is attached.
+        """
+        self._refuse_adapter("save_pretrained")
+        super().save_pretrained(*args, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Upload the whole model, as any model of transformers.
+
+        Raises:
+            ValueError: An adapter is attached.
+        """
+        self._refuse_adapter("push_to_hub")
+        return super().push_to_hub(*args, **kwargs)
+
+    def _refuse_adapter(self, method: str) -> None:
+        """Refuse to write weights under the names that an adapter's layers give them: nothing could load those."""
+        if any(is_adapter_parameter(name) for name, _ in self.named_parameters()):
+            raise ValueError(
+                f"{method}() writes a whole model, and this one has an adapter attached. To save the adapter alone: "
+                "sparsevlm.adapters.attach.save_adapter(model, directory, parent). To save the model with the adapter "
+                "in its weights: sparsevlm.adapters.attach.detach(model, merge=True) first, or 'sparsevlm merge' on "
+                "the adapter's directory; 'sparsevlm push' uploads either"
+            )
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:

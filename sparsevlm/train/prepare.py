@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsevlm.adapters.saved import is_adapter
 from sparsevlm.recipe.schema import Recipe
+from sparsevlm.train.adapter_start import needs_start, save_adapter_start
 from sparsevlm.train.checkpoints import MARKER, mark_complete, read_marker, remove
 from sparsevlm.train.fingerprint import stage_inputs
 
@@ -28,6 +29,9 @@ KMEANS_SAMPLES = 64
 
 START = "start"
 """Directory in a stage's that holds the model it starts from, when several processes are to load it."""
+
+CHECKPOINTS = "checkpoints"
+"""Directory in a stage's that holds what an interrupted stage continues from."""
 
 BASE = "base"
 """The same where the stage trains an adapter on that model: it stays, since the adapter needs it."""
@@ -102,13 +106,13 @@ def _upcycle(model: Any, processor: Any, recipe: Recipe, name: str, console: Con
     clustered = spec.router.init == "kmeans"
     samples = first_samples(recipe, name, processor, count=KMEANS_SAMPLES if clustered else COMPARED_SAMPLES)
     compared = samples[:COMPARED_SAMPLES]
-    before = _logits(model, processor, compared)
+    before = sample_logits(model, processor, compared)
     sources = _branches(model, recipe, name, layers, console) if spec.experts_from else None
     centroids = _centroids(model, processor, spec, layers, samples, recipe.seed) if clustered else None
     report = upcycle_model(model, spec, seed=recipe.seed, sources=sources, centroids=centroids)
     if report.experts_implementation in GPU_ONLY:  # the model is on the CPU here
         model.set_experts_implementation("eager")
-    after = _logits(model, processor, compared)
+    after = sample_logits(model, processor, compared)
     model.set_experts_implementation(report.experts_implementation)
     difference = measure_difference(lambda: before, lambda: after)
     allowed = UPCYCLE_TOLERANCE * max(1.0, float(before.abs().max()))
@@ -150,12 +154,12 @@ def _centroids(
     from sparsevlm.moe.kmeans import router_centroids
 
     def run(sample: Encoded) -> None:
-        _logits(model, processor, [sample], keep=1)
+        sample_logits(model, processor, [sample], keep=1)
 
     return router_centroids(model.model.language_model, layers, spec.experts, samples, run, seed=seed)
 
 
-def _logits(model: Any, processor: Any, samples: Sequence[Encoded], keep: int = 0) -> Any:
+def sample_logits(model: Any, processor: Any, samples: Sequence[Encoded], keep: int = 0) -> Any:
     """Return the logits of each sample by itself, ``(sum of tokens, V)``; with ``keep`` of its last tokens only."""
     import torch
 
@@ -178,8 +182,16 @@ def save_start(recipe: Recipe, name: str, parent_dir: Path | None, stage_dir: Pa
     """Return a directory from which all ranks of a stage load; written once by the launching process.
 
     Sharded ranks cannot edit the model they load (each holds a part of it), so edits happen here, on the CPU. A stage
-    that trains an adapter starts from a directory in any case: the adapter belongs to exactly these weights.
+    that trains an adapter starts from a directory in any case: the adapter belongs to exactly these weights. What the
+    adapter begins with is made here too, where it needs the model or samples.
     """
+    directory = _save_model(recipe, name, parent_dir, stage_dir, console)
+    if needs_start(recipe, name):
+        save_adapter_start(recipe, name, directory, stage_dir / CHECKPOINTS, console)
+    return directory
+
+
+def _save_model(recipe: Recipe, name: str, parent_dir: Path | None, stage_dir: Path, console: Console) -> Path:
     if not needs_edit(recipe, name, parent_dir):
         assert parent_dir is not None
         return parent_dir

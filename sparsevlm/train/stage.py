@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 from sparsevlm.recipe.load import dump_recipe
 from sparsevlm.recipe.schema import Recipe
 from sparsevlm.train import checkpoints
+from sparsevlm.train.adapter_start import read_adapter_start
 from sparsevlm.train.evaluation import by_kind, eval_specs, evaluate_stage, survey_stage, trained_model
 from sparsevlm.train.expert_parallel import complete_state, ranks_of_experts
 from sparsevlm.train.fingerprint import check_unchanged, stage_inputs
-from sparsevlm.train.prepare import START, save_start, start_model, training_dtype
-from sparsevlm.train.sharding import uses_deepspeed
+from sparsevlm.train.prepare import CHECKPOINTS, START, save_start, start_model, training_dtype
+from sparsevlm.train.sharding import cast_adapter, gather_state, uses_deepspeed
 from sparsevlm.train.summary import STAGE_FILE, StageSummary, losses_and_speed, print_trainable
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
     from sparsevlm.train.trainer import VLMTrainer
 
-CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 SKIPPED = "skipped.jsonl"
 _OUTPUT = ".output"
@@ -103,7 +103,9 @@ def run_stage(
     else:
         model, processor = load_model(start, training_dtype(recipe), recipe.model.language.attention)
     if stage.adapter is not None:
-        adapted = attach(model, stage.adapter, seed=recipe.seed)
+        begun = read_adapter_start(recipe, name, stage_dir / CHECKPOINTS)
+        adapted = attach(model, stage.adapter, seed=recipe.seed, start=begun)
+        cast_adapter(model, args.deepspeed)
         if main:
             console.print(f"{name}: {adapted.describe()}", highlight=False)
     report = select_trainable(model, stage.trains, stage.optim)
