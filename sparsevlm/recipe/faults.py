@@ -9,7 +9,15 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from sparsevlm.recipe.fields import annotation_at, describe, members, section_at, sections_in, types_of
+from sparsevlm.recipe.fields import (
+    annotation_at,
+    describe,
+    members,
+    option_elsewhere,
+    section_at,
+    sections_in,
+    types_of,
+)
 from sparsevlm.recipe.section import KEY, OptionPath, view
 from sparsevlm.recipe.tree import Fault, Located, Position
 from sparsevlm.registry import suggest
@@ -102,6 +110,9 @@ def _word(error: _Error, root: type[BaseModel], tree: Located, plain: Any) -> st
         section = section_at(around, _value_at(tree, error.path[:-1]))
         known = list(section.model_fields) if section is not None else []
         hint = suggest(str(error.path[-1]), known)
+        other = option_elsewhere(root, error.path[:-1], str(error.path[-1]), plain) if not hint else None
+        if other is not None:
+            return f"unknown option here: it belongs to {_dotted(other)!r}"
         return f"unknown option{hint or ' (known: ' + ', '.join(known) + ')'}"
     if error.kind in ("union_tag_invalid", "union_tag_not_found"):
         known = [kind for section in sections_in(annotation_at(root, error.path, plain)) for kind in types_of(section)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -92,6 +92,53 @@ def annotation_at(root: type[BaseModel], path: Sequence[str | int], plain: Any) 
         else:
             plain = None
     return annotation
+
+
+def option_elsewhere(
+    root: type[BaseModel], path: Sequence[str | int], name: str, plain: Any
+) -> tuple[str | int, ...] | None:
+    """Return the path of the nearest section that has an option of that name, None where there is none.
+
+    Sections below the one at ``path`` come first, then those below each section around it. A name that the user chooses
+    is written as ``NAME``.
+
+    Args:
+        root: The section that paths start from.
+        path: Of the section that does not have the option.
+        name: The option.
+        plain: The values given.
+    """
+    for depth in range(len(path), -1, -1):
+        value = plain
+        for key in path[:depth]:
+            value = _entry(value, key)
+        level = [(tuple(path[:depth]), annotation_at(root, path[:depth], plain), value)]
+        for _ in range(3):
+            below = [child for at, annotation, given in level for child in _children(at, annotation, given)]
+            for at, annotation, given in below:
+                section = section_at(annotation, given)
+                if section is not None and name in section.model_fields:
+                    return at
+            level = below
+    return None
+
+
+def _children(
+    at: tuple[str | int, ...], annotation: Any, value: Any
+) -> Iterator[tuple[tuple[str | int, ...], Any, Any]]:
+    """Yield the path, annotation and value of everything directly in a section or a mapping of sections."""
+    section = section_at(annotation, value)
+    if section is not None:
+        for key, known in section.model_fields.items():
+            yield (*at, key), known.annotation, _entry(value, key)
+        return
+    for member in members(annotation):
+        if get_origin(member) is dict:
+            yield (*at, "NAME"), get_args(member)[1], None
+
+
+def _entry(value: Any, key: str | int) -> Any:
+    return value.get(key) if isinstance(value, dict) else None
 
 
 def describe(annotation: Any) -> str:
