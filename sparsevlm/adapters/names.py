@@ -20,7 +20,7 @@ def without_wrappers(name: str) -> str:
     return name.replace(".base_layer", "")
 
 
-_ROUTED = re.compile(r"\.mole_[AB]\.(?P<adapter>[^.]+)$")
+_ROUTED = re.compile(r"\.mole_[AB]\.(?P<adapter>[^.]+)\.weight$")
 
 
 def routed_adapter(name: str) -> str | None:

@@ -50,9 +50,17 @@ def add_routing_losses(
     Returns:
         The loss, and the load-balancing and the z-loss that are in it, not weighted: summed over groups where there are
         several, None where no group that ran asks for one.
+
+    Raises:
+        ValueError: A router of an unknown group ran.
     """
     sums: list[Tensor | None] = [None, None]
     for name, (logits, choices) in by_group(names, router_logits, router_choices):
+        if name not in groups:
+            raise ValueError(
+                f"routers of {name!r} ran, but the model knows nothing of them (it has {', '.join(groups) or 'none'}); "
+                "put the adapter on the whole model instead of on a part of it"
+            )
         settings = groups[name]
         values = auxiliary_losses(settings, logits, choices, token_mask, training)
         for i, (option, value) in enumerate(zip(("router_aux_loss_coef", "router_z_loss_coef"), values, strict=True)):

@@ -204,8 +204,12 @@ def expert_similarity(model: nn.Module, group: str = MOE) -> list[Tensor]:
     are the chunks. All ranks must call it.
     """
     if group != MOE:
-        answers = (layer.expert_cosines() for layer in model.modules() if hasattr(layer, "expert_cosines"))
-        return [cosines for name, cosines in filter(None, answers) if name == group]  # pyright: ignore
+        answers = []
+        layers: Any = [layer for layer in model.modules() if hasattr(layer, "expert_cosines")]
+        for layer in layers:
+            with _whole([weight for name, weight in layer.named_parameters() if ".mole_" in name]):
+                answers.append(layer.expert_cosines())
+        return [cosines for name, cosines in filter(None, answers) if name == group]
     found = []
     for block in moe_blocks(model):
         experts: Any = block.experts

@@ -83,7 +83,7 @@ def naive_linear(layer: Any, x: Tensor, experts: list[tuple[int, float]], scalin
     """One token through a linear layer and its experts."""
     out = layer.base_layer(x[None])[0]
     for e, weight in experts:
-        out = out + scaling * weight * (layer.mole_B["default"][e].T @ (layer.mole_A["default"][e] @ x))
+        out = out + scaling * weight * (layer.mole_B["default"].weight[e].T @ (layer.mole_A["default"].weight[e] @ x))
     return out
 
 
@@ -141,7 +141,7 @@ def test_the_addition_has_the_rank_of_the_chosen_experts() -> None:
     handle.remove()
     for token, added in zip(x, seen[0], strict=True):
         ((expert, _),) = token_weights(ffn.mole_router["default"], token)  # pyright: ignore
-        basis = up.mole_B["default"][expert].T  # (O, r)
+        basis = up.mole_B["default"].weight[expert].T  # (O, r)
         rest = added - basis @ torch.linalg.lstsq(basis, added[:, None]).solution[:, 0]
         assert float(rest.norm()) < 1e-9 < float(added.norm())
 
@@ -167,9 +167,13 @@ def test_padding_and_dropped_tokens_get_nothing() -> None:
 @torch.no_grad()
 def test_cosines_are_those_of_the_products() -> None:
     (ffn, *_) = ffns(adapted(llama()))
-    parts = [ffn.base_layer.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj")]
+    parts: list[Any] = [ffn.base_layer.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj")]
     flat = torch.cat(
-        [torch.einsum("erI,erO->eOI", p.mole_A["default"], p.mole_B["default"]).flatten(1) for p in parts], 1
+        [
+            torch.einsum("erI,erO->eOI", p.mole_A["default"].weight, p.mole_B["default"].weight).flatten(1)
+            for p in parts
+        ],
+        1,
     )
     want = F.cosine_similarity(flat[:, None], flat[None], dim=-1)
     found = ffn.expert_cosines()
@@ -270,6 +274,17 @@ def test_text_models_add_the_losses_too() -> None:
         got = made(input_ids=IDS, labels=IDS, output_router_logits=True)
     aux, _ = router_losses(list(got.router_logits), 2, torch.ones(14))
     assert float(got.loss - plain.loss) == pytest.approx(0.2 * aux, abs=2e-6)
+
+
+def test_an_adapter_on_a_part_of_our_model_is_refused_where_its_losses_would_get_lost(
+    tiny_parts: dict[str, str],
+) -> None:
+    from tests.adapters.test_every_type import build
+
+    model, processor = build(tiny_parts, upcycled=True)
+    get_peft_model(model.model.language_model, settings())
+    with pytest.raises(ValueError, match="put the adapter on the whole model"):
+        model(**batch_of(processor, packed=False))
 
 
 def test_counts_and_arithmetic(tiny_parts: dict[str, str]) -> None:

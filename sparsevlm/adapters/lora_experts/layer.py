@@ -32,6 +32,25 @@ _WEIGHTS: ContextVar[tuple[str, Tensor] | None] = ContextVar("sparsevlm_lora_exp
 """Adapter that runs and the tokens' weights ``(S, E)``, set while an FFN runs."""
 
 
+class ExpertStack(nn.Module):
+    """One matrix of each expert, ``weight`` (E, r, width); all of them multiply as one. Called, as sharding wants it.
+
+    Args:
+        weight: Its start.
+        down: Map ``(..., width)`` to ``(..., E r)``; else back.
+    """
+
+    def __init__(self, weight: Tensor, down: bool) -> None:
+        super().__init__()
+        self.down = down
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply."""
+        weight = self.weight.flatten(0, 1)  # (E r, width)
+        return F.linear(x, weight) if self.down else x @ weight.to(x.dtype)
+
+
 class LoraExpertsLinear(nn.Module, BaseTunerLayer):
     """A linear layer of an FFN with its part of each expert: ``W x + s * sum_e w_e B_e A_e dropout(x)``.
 
@@ -52,7 +71,7 @@ class LoraExpertsLinear(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraExpertsConfig) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.mole_A, self.mole_B = nn.ParameterDict(), nn.ParameterDict()
+        self.mole_A, self.mole_B = nn.ModuleDict(), nn.ModuleDict()
         self.mole_settings: dict[str, LoraExpertsConfig] = {}
         self._disable_adapters = False
         self.merged_adapters = []
@@ -63,8 +82,8 @@ class LoraExpertsLinear(nn.Module, BaseTunerLayer):
         inputs, outputs = linear_shape(self.base_layer)
         down = torch.empty(config.num_experts, config.r, inputs)
         nn.init.kaiming_uniform_(down.view(-1, inputs), a=math.sqrt(5))
-        self.mole_A[adapter_name] = nn.Parameter(down)  # (E, r, I)
-        self.mole_B[adapter_name] = nn.Parameter(torch.zeros(config.num_experts, config.r, outputs))  # (E, r, O)
+        self.mole_A[adapter_name] = ExpertStack(down, down=True)
+        self.mole_B[adapter_name] = ExpertStack(torch.zeros(config.num_experts, config.r, outputs), down=False)
         self.mole_settings[adapter_name] = config
         self.set_adapter(adapter_name, inference_mode=config.inference_mode)
 
@@ -76,12 +95,12 @@ class LoraExpertsLinear(nn.Module, BaseTunerLayer):
             return output
         name, weights = running
         config = self.mole_settings[name]
-        down, up = self.mole_A[name], self.mole_B[name]
-        inner = F.dropout(x.to(down.dtype), config.lora_dropout, self.training)
-        hidden = F.linear(inner, down.flatten(0, 1)).reshape(-1, config.num_experts, config.r)  # (S, E, r)
+        down: Any = self.mole_A[name]
+        inner = F.dropout(x.to(down.weight.dtype), config.lora_dropout, self.training)
+        hidden = down(inner).reshape(-1, config.num_experts, config.r)  # (S, E, r)
         assert hidden.shape[0] == weights.shape[0], f"{tuple(x.shape)} for {weights.shape[0]} tokens"
         hidden = hidden * (config.scaling * weights).to(hidden.dtype)[..., None]  # (S, E, r)
-        added = hidden.flatten(1) @ up.to(hidden.dtype).flatten(0, 1)  # (S, O)
+        added = self.mole_B[name](hidden.flatten(1))  # (S, O)
         return output + added.view(output.shape).to(output.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -193,7 +212,8 @@ class LoraExpertsFfn(nn.Module, BaseTunerLayer):
         gram: Any = 0.0
         for _, linear in linears(self.base_layer):
             assert isinstance(linear, LoraExpertsLinear)
-            down, up = (part[name].detach().double().flatten(0, 1) for part in (linear.mole_A, linear.mole_B))
+            stacks: Any = (linear.mole_A[name], linear.mole_B[name])
+            down, up = (stack.weight.detach().double().flatten(0, 1) for stack in stacks)
             experts, rank = self.mole_settings[name].num_experts, self.mole_settings[name].r
             product = (down @ down.T) * (up @ up.T)  # (E r, E r)
             gram = gram + product.view(experts, rank, experts, rank).sum((1, 3))
