@@ -20,7 +20,7 @@ from sparsevlm.train.evaluation import by_kind, eval_specs, evaluate_stage, surv
 from sparsevlm.train.expert_parallel import complete_state, ranks_of_experts
 from sparsevlm.train.fingerprint import check_unchanged, stage_inputs
 from sparsevlm.train.prepare import CHECKPOINTS, START, save_start, start_model, training_dtype
-from sparsevlm.train.sharding import cast_adapter, gather_state, uses_deepspeed
+from sparsevlm.train.sharding import uses_deepspeed
 from sparsevlm.train.summary import STAGE_FILE, StageSummary, losses_and_speed, print_trainable
 
 if TYPE_CHECKING:
@@ -105,7 +105,6 @@ def run_stage(
     if stage.adapter is not None:
         begun = read_adapter_start(recipe, name, stage_dir / CHECKPOINTS)
         adapted = attach(model, stage.adapter, seed=recipe.seed, start=begun)
-        cast_adapter(model, args.deepspeed)
         if main:
             console.print(f"{name}: {adapted.describe()}", highlight=False)
     report = select_trainable(model, stage.trains, stage.optim)
