@@ -28,7 +28,14 @@ from sparsevlm.recipe.adapter import Adapter
 NAME = "default"
 """PEFT's name of the one adapter that a model here has."""
 
-PREPARE = {"lora": "lora", "qlora": "qlora", "mma": "mma.prepare", "lora_experts": "lora_experts.prepare"}
+PREPARE = {
+    "lora": "lora",
+    "qlora": "qlora",
+    "mma": "mma.prepare",
+    "lora_experts": "lora_experts.prepare",
+    "partial_lora": "token_lora.prepare",
+    "slice_lora": "token_lora.prepare",
+}
 """Type of a recipe's adapter -> module of this folder whose ``prepare(model, spec)`` returns a `Prepared`."""
 
 _PREFIX = "base_model.model."

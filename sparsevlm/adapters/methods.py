@@ -16,8 +16,7 @@ from sparsevlm.adapters.lora_experts.model import LoraExpertsModel
 from sparsevlm.adapters.mma.config import METHOD as MMA
 from sparsevlm.adapters.mma.config import MmaConfig
 from sparsevlm.adapters.mma.model import MmaModel
-from sparsevlm.adapters.token_lora.config import METHOD as TOKEN_LORA
-from sparsevlm.adapters.token_lora.config import TokenLoraConfig
+from sparsevlm.adapters.token_lora.config import PARTIAL, SLICE, TokenLoraConfig
 from sparsevlm.adapters.token_lora.model import TokenLoraModel
 
 
@@ -30,7 +29,8 @@ def register() -> None:
     for method, config, tuner in (
         (MMA, MmaConfig, MmaModel),
         (LORA_EXPERTS, LoraExpertsConfig, LoraExpertsModel),
-        (TOKEN_LORA, TokenLoraConfig, TokenLoraModel),
+        (PARTIAL, TokenLoraConfig, TokenLoraModel),
+        (SLICE, TokenLoraConfig, TokenLoraModel),
     ):
         for table, entry in ((configs, config), (tuners, tuner), (prefixes, tuner.prefix)):
             taken = table.setdefault(method, entry)

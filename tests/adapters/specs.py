@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sparsevlm.adapters.names import is_adapter_parameter
-from sparsevlm.recipe.adapter import Lora, LoraExperts, Mma, QLora
+from sparsevlm.recipe.adapter import Lora, LoraExperts, Mma, PartialLora, QLora, SliceLora
 from sparsevlm.recipe.moe import Router
 
 
@@ -58,6 +58,19 @@ SPECS: tuple[Case, ...] = (
     ),
     Case("mma", Mma(type="mma", dropout=0.0)),
     Case("lora_experts", LoraExperts(type="lora_experts", r=4, router=Router(init_std=1.0))),
+    Case(
+        "partial_lora",
+        PartialLora(type="partial_lora", r=4, alpha=8, dropout=0.0),
+        unreached=tuple(
+            (f"language_model.layers.1.{place}", "after the last layer nothing reads visual tokens, only their keys do")
+            for place in ("self_attn.q_proj", "self_attn.o_proj", "mlp.")
+        ),
+    ),
+    Case(
+        "slice_lora",
+        SliceLora(type="slice_lora", r=4, alpha=8, dropout=0.0, sets=1),
+        unreached=(("default.0.", "the pictures here are whole: they pass the second set"),),
+    ),
 )
 
 

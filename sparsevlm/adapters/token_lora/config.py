@@ -7,8 +7,8 @@ from typing import Literal
 
 from peft import PeftConfig
 
-METHOD = "TOKEN_LORA"
-"""Name in PEFT's tables and in ``adapter_config.json``."""
+PARTIAL, SLICE = "PARTIAL_LORA", "SLICE_LORA"
+"""Names in PEFT's tables and in ``adapter_config.json``: one method under the names of its two uses."""
 
 Choose = Literal["visual", "image", "video", "slice"]
 Part = Literal["language", "vision"]
@@ -48,7 +48,7 @@ class TokenLoraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = METHOD  # type: ignore[assignment]  # PEFT's enum is closed; a plain string is as good a key
+        self.peft_type = SLICE if self.choose == "slice" else PARTIAL  # type: ignore[assignment]  # PEFT's enum is closed; a plain string is as good a key
         sliced = self.choose == "slice"
         wrong = [
             f"{name} is {getattr(self, name)!r}, expected {expected}"

@@ -15,14 +15,22 @@ from sparsevlm.recipe.adapter.lora import Lora
 from sparsevlm.recipe.adapter.lora_experts import LoraExperts
 from sparsevlm.recipe.adapter.mma import Mma
 from sparsevlm.recipe.adapter.qlora import QLora
+from sparsevlm.recipe.adapter.selective import PartialLora, SliceLora
 from sparsevlm.recipe.section import CrossFault, names, view
 
 __all__ = ["ADAPTERS", "Adapter", "Lora", "LoraExperts", "Mma", "QLora", "adapter_faults", "order_faults", "trains_beside"]
 
-Adapter = Annotated[Lora | QLora | Mma | LoraExperts, Field(discriminator="type")]
+Adapter = Annotated[Lora | QLora | Mma | LoraExperts | PartialLora | SliceLora, Field(discriminator="type")]
 """What `adapter` of a stage may be."""
 
-ADAPTERS: dict[str, Any] = {"lora": Lora, "qlora": QLora, "mma": Mma, "lora_experts": LoraExperts}
+ADAPTERS: dict[str, Any] = {
+    "lora": Lora,
+    "qlora": QLora,
+    "mma": Mma,
+    "lora_experts": LoraExperts,
+    "partial_lora": PartialLora,
+    "slice_lora": SliceLora,
+}
 """Type -> section."""
 
 
