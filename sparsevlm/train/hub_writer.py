@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sparsevlm.train.checkpoints import mark_complete
@@ -58,6 +59,6 @@ class HubSnapshots(TrainerCallback):
                 partial.rename(final)
                 for _, snapshot in older:
                     drop(snapshot)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # a full disk is either
             self.warn(f"step {step} was not written for the Hub: {error}")
         self.wrote(time.perf_counter() - started)

@@ -104,6 +104,11 @@ def test_adapter_alone_on_the_base_beside_another(server, run):
     place = read(server.files("me/tiny-mma"), "parent.json")["hub"]
     commit = server.repos["me/tiny-lora"].branches["main"]
     assert place == {"repo": "me/tiny-lora", "revision": commit, "folder": "base"}
+    base = push(server, run / "moe", "me/tiny")  # a place of its own is preferred, whatever came last
+    push(server, run / "lora")
+    push(server, run / "mma", "me/tiny-mma", adapter_only=True)
+    place = read(server.files("me/tiny-mma"), "parent.json")["hub"]
+    assert place == {"repo": "me/tiny", "revision": base.commit, "folder": None}
 
 
 def test_a_named_base_is_compared_and_pinned(server, run):

@@ -17,6 +17,7 @@ from huggingface_hub import constants
 from rich.console import Console
 from safetensors.torch import load_file
 
+from sparsevlm.model.build import load_model
 from sparsevlm.recipe.load import RecipeError, load_recipe
 from sparsevlm.train import hub_push
 from sparsevlm.train import hub_snapshots as snapshots
@@ -45,7 +46,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 def recipe_file(directory: Path, parts: dict[str, str], hub: dict[str, Any] | None = None, **changes: Any) -> Path:
-    return write_recipe(directory, parts, hub={"repo": REPO, "wait": 60, **(hub or {})}, **changes)
+    return write_recipe(directory, parts, hub={"repo": REPO, "wait": 200, **(hub or {})}, **changes)
 
 
 def of_stage(server: Hub, branch: str) -> dict[str, bytes]:
@@ -126,6 +127,8 @@ def test_a_killed_run_uploads_what_was_missing_when_it_is_started_again(
     assert messages(server) == []
     assert (run / "align" / "COMPLETE").is_file()
     assert not (run / "moe" / "COMPLETE").is_file()
+    left = [path for kind in ("pushing", "step") for _, path in snapshots.found(run / "moe", kind)]
+    load_model(left[-1])  # a whole model, whatever became of its upload
     server.faults.clear()
     train(recipe, ["hub.license=mit"])  # other settings of the Hub are no other stage
     for branch, stage in (("align", "align"), ("moe", "moe"), ("main", "moe")):
@@ -139,7 +142,7 @@ def test_adapter_stages_name_the_stage_before(tiny_parts: dict[str, str], server
     from tests.train.test_adapter_stage import recipe_of
 
     file = recipe_of(tmp_path, tiny_parts, only=["align"])
-    document = json.loads(file.read_text()) | {"hub": {"repo": REPO, "adapter_only": True, "every": 3}}
+    document = json.loads(file.read_text()) | {"hub": {"repo": REPO, "adapter_only": True, "wait": 200}}
     file.write_text(json.dumps(document))
     train(file)
     parent = json.loads(of_stage(server, "lora")["parent.json"])
@@ -147,12 +150,11 @@ def test_adapter_stages_name_the_stage_before(tiny_parts: dict[str, str], server
     commit = server.repos[REPO].commits[parent["hub"]["revision"]]
     assert "model.safetensors" in commit
     assert "model.safetensors" not in of_stage(server, "lora")
-    assert "Stage lora, step 3" in messages(server)
 
     alone = tmp_path / "alone"
     alone.mkdir()
     document["stages"].pop("align")
-    document |= {"output": str(alone / "run"), "hub": {"repo": "me/alone", "adapter_only": True}}
+    document |= {"output": str(alone / "run"), "hub": {"repo": "me/alone", "adapter_only": True, "wait": 200}}
     (alone / "recipe.json").write_text(json.dumps(document))
     train(alone / "recipe.json")
     parent = json.loads(server.files("me/alone", "lora")["parent.json"])
