@@ -36,6 +36,10 @@ def merge(
     untie: Annotated[
         bool, typer.Option("--untie", help="Write two tensors where the adapter changes one of two tied embeddings.")
     ] = False,
+    replay_quantisation: Annotated[
+        bool,
+        typer.Option("--replay-quantisation", help="Merge into the weights as training on quantised ones saw them."),
+    ] = False,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare logits; loads both models whole.")] = True,
     unmerge: Annotated[
         bool,
@@ -64,6 +68,7 @@ def merge(
         dtype=dtype,
         max_shard_size=max_shard_size,
         untie=untie,
+        replay_quantisation=replay_quantisation,
         check=check,
         unmerge=unmerge,
     )

@@ -17,6 +17,7 @@ from sparsevlm.export.merge_adapter import AdapterFolder, find_base, find_common
 from sparsevlm.export.merge_base import Base
 from sparsevlm.export.merge_combine import Recipe, combine, make_recipe
 from sparsevlm.export.merge_job import Job
+from sparsevlm.export.merge_quantised import compare_quantised, quantised_for, refuse_replay
 from sparsevlm.export.merge_read import read_edits
 from sparsevlm.export.merge_report import MergeReport
 from sparsevlm.export.merge_unmerge import take_off
@@ -36,6 +37,7 @@ def merge_adapter(
     dtype: Dtype = "auto",
     max_shard_size: str = "5GB",
     untie: bool = False,
+    replay_quantisation: bool = False,
     check: bool = True,
     unmerge: bool = False,
 ) -> MergeReport:
@@ -52,6 +54,7 @@ def merge_adapter(
         dtype: Type of the weights.
         max_shard_size: Largest weight file, ``5GB``.
         untie: Give the output embeddings a tensor of their own where the adapter changes one of two tied weights.
+        replay_quantisation: Add the changes of an adapter that was trained on quantised weights to those, dequantised.
         check: Load both models at the end, in float32, and compare their logits.
         unmerge: Read what was written, take the changes off again, and compare with the base; weight by weight.
 
@@ -71,7 +74,11 @@ def merge_adapter(
         opened = stack.enter_context(Base(name, directory))
         found = [(source.name, read_edits(source, opened)) for source in sources]
         edits = found[0][1] if recipe is None else combine(found, recipe)
-        job = Job(opened, edits, None if dtype == "auto" else getattr(torch, dtype), untie)
+        settings = quantised_for(sources)
+        if replay_quantisation:
+            refuse_replay(sources, settings)
+        chosen = None if dtype == "auto" else getattr(torch, dtype)
+        job = Job(opened, edits, chosen, untie, settings, replay_quantisation)
         refuse_full(out, total_bytes(job.plan.values()))
         with written_aside(out) as partial:
             writer = ShardWriter(partial, job.plan, limit)
@@ -85,14 +92,16 @@ def merge_adapter(
             notes = _other_files(sources, partial)
             job.write_config(partial)
             taken_off = take_off(job, partial) if unmerge else None
-            measured = None
+            measured = as_trained = None
             if check:
                 from sparsevlm.export.merge_check import compare, compare_combined
 
-                if recipe is None:
+                if settings is not None and recipe is None:
+                    measured, as_trained = compare_quantised(job, sources[0], partial)
+                elif recipe is None:
                     measured = compare(opened, sources[0], partial, job.dtype)
                 else:
-                    measured = compare_combined(opened, job.by_name, job.separated, partial, job.dtype)
+                    measured = compare_combined(job, partial)
     method = "DoRA" if edits.dora else "rsLoRA" if sources[0].config.get("use_rslora") else "LoRA"
     return MergeReport(
         adapter=" + ".join(names),
@@ -111,7 +120,9 @@ def merge_adapter(
         nbytes=total_bytes(job.plan.values()),
         notes=notes,
         unmerged=taken_off,
+        replayed=len(job.replayed),
         check=measured,
+        as_trained=as_trained,
     )
 
 

@@ -144,7 +144,7 @@ def find_common_base(adapters: Sequence[AdapterFolder], base: str | None) -> tup
     for name, record in records.items():
         other, expected = next(iter(records.items()))
         if record["sha256"] != expected["sha256"]:
-            raise _different(other, str(expected["path"]), name, str(record["path"]))
+            raise _different(other, _place(expected), name, _place(record))
     found = [find_base(adapter, base) for adapter in adapters]
     for adapter, (name, directory, _) in zip(adapters, found, strict=True):
         same_weights = {first.name, adapter.name} <= records.keys()  # of a model that may be there twice
@@ -153,6 +153,12 @@ def find_common_base(adapters: Sequence[AdapterFolder], base: str | None) -> tup
     name, directory, _ = found[0]
     unsure = [identity for *_, identity in found if identity.startswith("not verified")]
     return name, directory, unsure[0] if unsure else found[0][2]
+
+
+def _place(record: dict[str, Any]) -> str:
+    """Return where an adapter says its parent is; an uploaded one says less."""
+    hub = record.get("hub") or {}
+    return str(record.get("path") or hub.get("repo") or record.get("relative"))
 
 
 def _different(first: str, its_base: str, second: str, other_base: str) -> ValueError:

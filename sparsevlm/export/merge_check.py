@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from sparsevlm.export.merge_read import peft_config
 if TYPE_CHECKING:
     from sparsevlm.export.merge_adapter import AdapterFolder
     from sparsevlm.export.merge_base import Base
-    from sparsevlm.export.merge_deltas import Edit
+    from sparsevlm.export.merge_job import Job
 
 ROWS, TOKENS = 2, 32
 """Size of the sample of random tokens."""
@@ -70,7 +70,7 @@ def compare(base: Base, adapter: AdapterFolder, result: Path, dtype: torch.dtype
     """
     from peft import PeftModel
 
-    samples, what = _samples(base, result)
+    samples, what = samples_of(base, result)
     kernel = _kernel(base)
     merged = _logits(_load(base, result, kernel), samples)
     gc.collect()
@@ -82,44 +82,60 @@ def compare(base: Base, adapter: AdapterFolder, result: Path, dtype: torch.dtype
     wanted = _logits(unmerged, samples)
     with unmerged.disable_adapter():
         before = _logits(unmerged, samples)
-    return _judged(merged, wanted, before, what, dtype)
+    return judged(merged, wanted, before, what, dtype)
 
 
 @torch.no_grad()
-def compare_combined(
-    base: Base, edits: Mapping[str, Edit], separated: bool, result: Path, dtype: torch.dtype
-) -> MergeCheck:
-    """As `compare`, with what several adapters come to put into the base's weights in memory, in float32.
+def compare_combined(job: Job, result: Path) -> MergeCheck:
+    """As `compare`, with what is merged put into the base's weights in memory, in float32.
 
     Args:
-        base: The base.
-        edits: What becomes of each weight, by name.
-        separated: Tied embeddings are two tensors in the result.
+        job: The merging.
         result: The directory that was written.
-        dtype: Type of its weights.
 
     Raises:
         ValueError: They differ by more than rounding.
     """
-    samples, what = _samples(base, result)
-    kernel = _kernel(base)
-    merged = _logits(_load(base, result, kernel), samples)
+    samples, what = samples_of(job.base, result)
+    merged = written_logits(job, result, samples)
+    before, wanted = logits_in_memory(job, job.replayed.values(), samples)
+    return judged(merged, wanted, before, what, job.dtype)
+
+
+def written_logits(job: Job, result: Path, samples: list[dict[str, Tensor]]) -> list[Tensor]:
+    """Return the logits of what was written."""
+    return _logits(_load(job.base, result, _kernel(job.base)), samples)
+
+
+def logits_in_memory(
+    job: Job, replayed: Iterable[str], samples: list[dict[str, Tensor]], dtype: torch.dtype = torch.float32
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the logits of the base, and of it with what is merged.
+
+    Args:
+        job: The merging.
+        replayed: Names of weights that are quantised and dequantised first.
+        samples: Inputs.
+        dtype: What merged weights are rounded to.
+    """
     gc.collect()
-    model = _load(base, base.directory, kernel)
+    model = _load(job.base, job.base.directory, _kernel(job.base))
     before = _logits(model, samples)
-    if separated:
+    if job.separated:
         head = model.get_output_embeddings()
         head.weight = torch.nn.Parameter(head.weight.clone())
     known: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     done: set[int] = set()
-    for name, edit in edits.items():
+    again = set(replayed)
+    for name in [*again, *(name for name in job.by_name if name not in again)]:
         if id(known[name]) not in done:  # two names of one tensor have one edit
             done.add(id(known[name]))
-            known[name].copy_(edit.apply(known[name]))
-    return _judged(merged, _logits(model, samples), before, what, dtype)
+            weight, edit = job.replay(name, known[name]) if name in again else known[name], job.by_name.get(name)
+            known[name].copy_((weight if edit is None else edit.apply(weight)).to(dtype))
+    return before, _logits(model, samples)
 
 
-def _judged(
+def judged(
     merged: list[Tensor], wanted: list[Tensor], before: list[Tensor], what: str, dtype: torch.dtype
 ) -> MergeCheck:
     """Compare logits, and refuse a difference that rounding does not explain."""
@@ -162,7 +178,7 @@ def _logits(model: Any, samples: list[dict[str, Tensor]]) -> list[Tensor]:
     return [model(**sample, use_cache=False).logits.double() for sample in samples]
 
 
-def _samples(base: Base, directory: Path) -> tuple[list[dict[str, Tensor]], str]:
+def samples_of(base: Base, directory: Path) -> tuple[list[dict[str, Tensor]], str]:
     """Return inputs of the model, and what they are: random tokens, and a picture where the model sees."""
     ids = _random_tokens(base.config)
     samples = [{"input_ids": ids}]

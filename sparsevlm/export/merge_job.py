@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from torch import Tensor
 from sparsevlm.export.merge_base import Base
 from sparsevlm.export.merge_deltas import Edit, Edits
 from sparsevlm.export.shards import Entry
+
+if TYPE_CHECKING:
+    from sparsevlm.adapters.quantise import Settings
 
 _BALANCE_BIAS = "e_score_correction_bias"
 """Stays in float32, whatever the type of the weights: it moves in steps that 16 bits would lose."""
@@ -42,11 +45,21 @@ class Job:
         dtype: Type of the result.
         plan: Key on disk -> shape and type, in the order of the base.
         separated: Two tied weights are two tensors now.
+        settings: How the base was quantised when the adapter was trained, where it was.
+        replayed: Keys of weights that changes are added to as training on quantised ones saw them -> their names.
         untied: Keys of them that the base does not hold -> the one that it holds, and what becomes of that.
         carried: Stored tensors that stay as they are.
     """
 
-    def __init__(self, base: Base, edits: Edits, dtype: torch.dtype | None, untie: bool) -> None:
+    def __init__(
+        self,
+        base: Base,
+        edits: Edits,
+        dtype: torch.dtype | None,
+        untie: bool,
+        settings: Settings | None = None,
+        replay: bool = False,
+    ) -> None:
         self.base, self.edits = base, edits
         self._dtype, self.dtype = dtype, dtype or base.dtype
         self.separated = False
@@ -57,7 +70,11 @@ class Job:
         self._keys = {name: base.keys(name) for name in self.by_name}
         self._owner = {key: name for name, keys in self._keys.items() for key in keys}
         entries = base.reader.entries
-        self.carried = len(entries.keys() - self._owner.keys())
+        self.settings = settings
+        self.replayed: dict[str, str] = {}
+        if replay and settings is not None:
+            self.replayed = {self._stored_whole(name): name for name in settings.weights}
+        self.carried = len(entries.keys() - self._owner.keys() - self.replayed.keys())
         for key, name in self._owner.items():
             if not entries[key].dtype.is_floating_point:
                 raise ValueError(
@@ -89,8 +106,34 @@ class Job:
         Raises:
             ValueError: It overflows in its type.
         """
-        weight = self.base.reader.read(step.source)
+        weight = self.weight(step.source)
         return self.rounded(step.key, weight if step.edit is None else step.edit.apply(weight))
+
+    def weight(self, key: str) -> Tensor:
+        """Return a weight of the base that changes are added to: as stored, or as training on quantised ones saw it."""
+        weight = self.base.reader.read(key)
+        return self.replay(self.replayed[key], weight) if key in self.replayed else weight
+
+    def replay(self, name: str, weight: Tensor) -> Tensor:
+        """Quantise and dequantise a weight as for training, in float32."""
+        from sparsevlm.adapters.quantise import replayed
+
+        assert self.settings is not None
+        return replayed(name, weight, self.settings)
+
+    def _stored_whole(self, name: str) -> str:
+        """Return the key of a weight that was quantised for training.
+
+        Raises:
+            ValueError: The base has it not, or in pieces.
+        """
+        keys = self.base.keys(name) if name in self.base.shapes else []
+        if len(keys) != 1 or self.base.reader.entries[keys[0]].shape != self.base.shapes[name]:
+            raise ValueError(
+                f"{self.base.name} does not hold {name}, which was quantised for training, in one tensor; leave "
+                "--replay-quantisation out"
+            )
+        return keys[0]
 
     def write_config(self, out: Path) -> None:
         """Write the base's configuration; only what is no longer true is replaced."""

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from sparsevlm.export.merge_check import MergeCheck
+    from sparsevlm.export.merge_quantised import AsTrained
     from sparsevlm.export.merge_unmerge import Unmerged
 
 
@@ -35,6 +36,8 @@ class MergeReport:
         notes: What else the user should know.
         unmerged: What came back of the base, None where that was not looked at.
         check: The comparison of logits, None where that was not looked at.
+        replayed: Weights that changes were added to as training on quantised ones saw them.
+        as_trained: Both ways to merge beside what was trained, of an adapter on quantised weights.
     """
 
     adapter: str
@@ -54,6 +57,8 @@ class MergeReport:
     notes: tuple[str, ...] = ()
     unmerged: Unmerged | None = None
     check: MergeCheck | None = None
+    replayed: int = 0
+    as_trained: AsTrained | None = None
 
 
 def print_report(report: MergeReport, out: Path, console: Console) -> None:
@@ -63,6 +68,8 @@ def print_report(report: MergeReport, out: Path, console: Console) -> None:
         f"weights: {report.low_rank} merged, {report.replaced} replaced, {report.carried} as they were; computed in "
         f"float32, stored in {report.dtype}"
     )
+    if report.replayed:
+        lines.append(f"quantisation: {report.replayed} weights of the base are as training saw them, dequantised")
     if report.mixed:
         lines.append(
             f"trained in full: {report.mixed} of the replaced are the base's with the adapters' changes added, in the "
@@ -76,6 +83,8 @@ def print_report(report: MergeReport, out: Path, console: Console) -> None:
     if report.unmerged is not None:
         lines += report.unmerged.describe()
     lines += ["logits: not compared"] if report.check is None else report.check.describe()
+    if report.as_trained is not None:
+        lines += report.as_trained.describe()
     files = "1 file" if report.files == 1 else f"{report.files} files"
     lines.append(f"wrote {out} ({report.nbytes / 1e6:.1f} MB of weights in {files})")
     for line in lines:

@@ -60,7 +60,7 @@ def take_off(job: Job, directory: Path) -> Unmerged:
     with ShardReader(directory) as written:
         for step in job.steps():
             merged = written.read(step.key)
-            weight = job.base.reader.read(step.source)
+            weight = job.weight(step.source)
             if step.edit is None or step.edit.value is not None or step.edit.rows is not None:
                 if not torch.equal(
                     merged, job.rounded(step.key, weight if step.edit is None else step.edit.apply(weight))
