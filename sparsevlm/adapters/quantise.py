@@ -30,7 +30,7 @@ _PARTS = {
 }
 _MARK = "quantised_as"
 _SETTINGS = "quantisation_settings"
-_BLOCK, _OUTER_BLOCK = 64, 256
+BLOCK, _OUTER_BLOCK = 64, 256
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,8 @@ def _replace(model: nn.Module, name: str, settings: Settings) -> int:
     if weight.ndim == 3:
         packed = Packed([quantise_matrix(matrix, settings.kind, settings.double) for matrix in weight], weight.shape)
         packed.to(weight.device)
-        owner.register_parameter(last, QuantisedStack(packed, weight.dtype, weight.device))
+        stack: Any = QuantisedStack
+        owner.register_parameter(last, stack(packed, weight.dtype, weight.device))
         owner.compute_dtype = settings.chosen_dtype
         return packed.bytes
     dtype = settings.chosen_dtype
@@ -258,7 +259,7 @@ def packed_bytes(shape: Sequence[int], settings: Settings) -> int:
     experts, (rows, columns) = prod(shape[:-2]), shape[-2:]
     if settings.kind == "int8":
         return experts * rows * (columns + 4)
-    blocks = ceil(rows * columns / _BLOCK)
+    blocks = ceil(rows * columns / BLOCK)
     constants = blocks + 4 * ceil(blocks / _OUTER_BLOCK) + 4 if settings.double else 4 * blocks
     return experts * (ceil(rows * columns / 2) + constants)
 

@@ -16,10 +16,12 @@ import torch
 from bitsandbytes import functional as B
 from torch import Tensor, nn
 
+from sparsevlm.adapters.quantise import BLOCK
 from sparsevlm.adapters.quantised_stack import frozen_linear
 
-BLOCK = 64
-"""Numbers that share a constant, in 4 bits."""
+
+_PARAMS4: Any = bnb.nn.Params4bit
+_PARAMS8: Any = bnb.nn.Int8Params
 
 
 @dataclass
@@ -90,10 +92,12 @@ def _dequantise4(numbers: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
     if state.nested:
         absmax = B.dequantize_blockwise(absmax, state.state2) + state.offset
     wide = dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
-    shape = tuple(state.shape)
-    return torch.ops.bitsandbytes.dequantize_4bit(
-        numbers, absmax.float(), state.blocksize, state.quant_type, shape, wide
-    ).to(dtype)
+    # As one row: on CPUs bitsandbytes 0.50.2 takes wrong constants where rows of a multiple of 16 end inside a block.
+    count = state.shape.numel()
+    flat = torch.ops.bitsandbytes.dequantize_4bit(
+        numbers, absmax.float(), state.blocksize, state.quant_type, (count + count % 2,), wide
+    )
+    return flat.reshape(-1)[:count].reshape(state.shape).to(dtype)
 
 
 def _dequantise8(numbers: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -163,7 +167,7 @@ class Linear4(_Quantised, bnb.nn.Linear4bit):
         packed = quantise_matrix(linear.weight, kind, double)
         assert isinstance(packed, Packed4)
         packed.to(device)
-        self.weight = bnb.nn.Params4bit(
+        self.weight = _PARAMS4(
             packed.numbers,
             requires_grad=False,
             quant_state=packed.state,
@@ -212,7 +216,7 @@ class Linear8(_Quantised, bnb.nn.Linear8bitLt):
         packed = quantise_matrix(linear.weight, "int8", False)
         assert isinstance(packed, Packed8)
         packed.to(device)
-        self.weight = bnb.nn.Int8Params(packed.numbers, requires_grad=False, has_fp16_weights=False)
+        self.weight = _PARAMS8(packed.numbers, requires_grad=False, has_fp16_weights=False)
         self.state.SCB = packed.scales
         self.bias = linear.bias
         self.chosen_dtype = dtype

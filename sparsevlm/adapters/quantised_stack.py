@@ -110,18 +110,18 @@ class QuantisedStack(nn.Parameter):
     def _like(self, **changes: Any) -> QuantisedStack:
         """Return another view of the same experts."""
         kept = {"dtype": self.dtype, "device": self.device, "expert": self.expert, "flipped": self.flipped}
-        return QuantisedStack(self.packed, **(kept | changes))
+        return _STACK(self.packed, **(kept | changes))
 
     def _moved(self, *args: Any, **kwargs: Any) -> QuantisedStack:
         """Stand for `Tensor.to`: a type is what the weights are dequantised to; packed experts move along."""
-        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore
         if device is not None and device.type != "meta":
             self.packed.to(device)
         return self._like(dtype=dtype or self.dtype, device=device or self.device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantisedStack:
         packed = copy.deepcopy(self.packed, memo)
-        return QuantisedStack(packed, self.dtype, self.device, self.expert, self.flipped)
+        return _STACK(packed, self.dtype, self.device, self.expert, self.flipped)
 
     def __repr__(self) -> str:
         return f"QuantisedStack(shape={tuple(self.shape)}, dtype={self.dtype}, bytes={self.packed.bytes})"
@@ -153,6 +153,9 @@ class QuantisedStack(nn.Parameter):
         if name in ("grouped_mm", "_grouped_mm") and len(args) > 1 and not _holds_stack(args[0]):
             return _GroupedMm.apply(args[0], args[1], kwargs.get("offs", args[2] if len(args) > 2 else None))
         return func(*_plain(args), **_plain(kwargs))
+
+
+_STACK: Any = QuantisedStack  # as its `__new__` takes it
 
 
 def _view(stack: QuantisedStack, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

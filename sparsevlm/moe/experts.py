@@ -189,18 +189,23 @@ class _Cast:
 
 
 class _AutocastInterface(ExpertsInterface):
-    """transformers' kernels, made to follow autocast.
+    """transformers' kernels, made to follow autocast, or the type that quantised experts are to compute in.
 
     `grouped_mm` is not an autocast operation: over float32 weights it would quietly compute in float32.
     """
 
     def get_interface(self, experts_implementation: str, default: Callable) -> Callable:
         kernel = super().get_interface(experts_implementation, default)
-        if kernel is default:  # the eager body: `linear` follows autocast by itself
-            return kernel
 
         def run(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
             device = hidden_states.device.type
+            chosen = getattr(experts, "compute_dtype", None)
+            if chosen is not None:
+                with torch.autocast(device, enabled=False):
+                    output = kernel(_Cast(experts, chosen), hidden_states.to(chosen), top_k_index, top_k_weights)
+                return output.to(hidden_states.dtype)
+            if kernel is default:  # the eager body: `linear` follows autocast by itself
+                return kernel(experts, hidden_states, top_k_index, top_k_weights)
             if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
                 return kernel(experts, hidden_states, top_k_index, top_k_weights)
             dtype = torch.get_autocast_dtype(device)

@@ -16,8 +16,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sparsevlm.adapters.logical import logical_shape
 from sparsevlm.adapters.names import is_adapter_parameter, routed_adapter
 from sparsevlm.recipe.schema import Recipe, Stage
+from sparsevlm.train.parts import numel
+from sparsevlm.train.quantised_memory import quantised_memory
 from sparsevlm.train.sharding import deepspeed_config, uses_deepspeed
 from sparsevlm.vision.encoder import encode_frames
 from sparsevlm.vision.frames import encoding
@@ -130,8 +133,8 @@ def matrices(model: Any) -> tuple[list[Matrix], list[Matrix]]:
             stacked = weight.ndim == 3
             matrix = Matrix(
                 index=index,
-                inputs=weight.shape[-1],
-                outputs=weight.shape[-2],
+                inputs=logical_shape(weight)[-1],
+                outputs=logical_shape(weight)[-2],
                 uses=top_k if stacked else 1,
                 trainable=weight.requires_grad,
             )
@@ -236,6 +239,8 @@ def memory_per_rank(
     - ``weights``: 4 bytes a parameter (2 where `model.dtype` is bfloat16), plus 2 a trained one for autocast's copies;
       a share of ``1 / W`` under ZeRO-3.
       Adapters are float32 in any case.
+    - ``quantised``: what is in 4 or 8 bits, with its constants (`quantise.packed_bytes`); ``dequantised``: what of it
+      is there in full precision at the same time (`quantised_memory`).
     - ``gradients``: as the weights, of what trains; ``1 / W`` from ZeRO-2 on.
     - ``optimizer``: two moments of the weights' type; under DeepSpeed 12 bytes (float32 master and moments), ``1 / W``.
     - ``activations``: `Matrix.activations` of all layers for the tokens of a micro-batch; with gradient checkpointing
@@ -254,7 +259,10 @@ def memory_per_rank(
     weight_bytes = 2 if recipe.model.dtype == "bfloat16" else 4
     number_bytes = 2 if stage.precision == "bf16" or weight_bytes == 2 else 4
 
-    everything = sum(weight.numel() for weight in model.parameters())
+    quantised = quantised_memory(
+        model, checkpointing=stage.gradient_checkpointing, number_bytes=number_bytes, weight_bytes=weight_bytes
+    )
+    everything = sum(numel(weight) for weight in model.parameters()) - quantised.numbers
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     spread = [weight for name, weight in model.named_parameters() if ".experts." in name]
     elsewhere = [weight.numel() - weight.numel() // expert_ranks for weight in spread]
@@ -285,6 +293,8 @@ def memory_per_rank(
     vocabulary = model.get_output_embeddings().weight.shape[0]
     return {
         "weights": weights + casts,
+        "quantised": quantised.stored,
+        "dequantised": quantised.dequantised,
         "gradients": gradients,
         "optimizer": states,
         "activations": numbers * number_bytes,
