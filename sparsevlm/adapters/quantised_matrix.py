@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from sparsevlm.adapters.quantise import BLOCK
 from sparsevlm.adapters.quantised_stack import frozen_linear
 
-
 _PARAMS4: Any = bnb.nn.Params4bit
 _PARAMS8: Any = bnb.nn.Int8Params
 

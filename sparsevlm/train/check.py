@@ -214,6 +214,8 @@ class ModelCheck:
                     "hub: no token of the Hub here; where the run starts it needs one that may write (`hf auth login` "
                     "or HF_TOKEN)"
                 )
+        if any(getattr(stage.adapter, "type", None) == "qlora" for stage in self.recipe.stages.values()):
+            needed["bitsandbytes"] = "adapter: {type: qlora}"
         for package, option in needed.items():
             if find_spec(package) is None:
                 self.notes.append(f"'{option}' needs {package}, which is not installed here")

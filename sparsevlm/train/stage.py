@@ -34,7 +34,18 @@ if TYPE_CHECKING:
 METRICS = "metrics.jsonl"
 SKIPPED = "skipped.jsonl"
 _OUTPUT = ".output"
-_PACKAGES = ("sparsevlm", "torch", "transformers", "trl", "accelerate", "peft", "deepspeed", "datasets", "numpy")
+_PACKAGES = (
+    "sparsevlm",
+    "torch",
+    "transformers",
+    "trl",
+    "accelerate",
+    "peft",
+    "bitsandbytes",
+    "deepspeed",
+    "datasets",
+    "numpy",
+)
 
 
 def world_size() -> int:
