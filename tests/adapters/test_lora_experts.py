@@ -32,7 +32,6 @@ from tests import tiny
 from tests.adapters.specs import stir
 from tests.adapters.test_every_type import batch_of
 
-CLOSE: dict[str, float] = {"rtol": 0.0, "atol": 1e-6}
 IDS = torch.arange(3, 17).view(2, 7)
 
 
@@ -123,7 +122,7 @@ def test_an_ffn_equals_a_loop_over_tokens_and_experts(make: Any, fields: dict[st
     x = torch.randn(2, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     for ffn in ffns(model):
         got = ffn(x)
-        torch.testing.assert_close(got, naive_ffn(ffn, x.flatten(0, 1)).view(2, 5, 32), **CLOSE)
+        torch.testing.assert_close(got, naive_ffn(ffn, x.flatten(0, 1)).view(2, 5, 32), atol=1e-6, rtol=0)
         with model.disable_adapter():
             assert not torch.allclose(got, ffn(x), atol=1e-3)
 

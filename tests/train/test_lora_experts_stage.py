@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,17 @@ def test_routing_is_left_and_shown(finished: Path) -> None:
     assert "1 FFN with 3 LoRA experts, 1 for each token" in section.notes[0]
     names = [plot.name for each in sections.values() for plot in each.plots]
     assert len(names) == len(set(names)) and "experts_lora_experts_load" in names
+
+
+def test_a_run_in_progress_is_shown_by_its_lines(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "experts").mkdir()
+    shutil.copy(finished / "run" / "recipe.yaml", tmp_path)
+    shutil.copy(finished / "run" / "experts" / "metrics.jsonl", tmp_path / "experts")
+    (stage,) = read_run(tmp_path).stages
+    assert stage.group == "lora_experts" and stage.experts_per_token == 1
+    assert stage.live is not None and (stage.live.layers, stage.live.num_experts) == ([0], 3)
+    (other,) = stage.others
+    assert other.group == "moe" and other.live is not None and other.live.num_experts == 4
 
 
 def test_the_plan_counts_what_the_stage_had(finished: Path) -> None:

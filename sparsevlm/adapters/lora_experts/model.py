@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparsevlm.adapters.lora_experts.config import LoraExpertsConfig
 from sparsevlm.adapters.lora_experts.layer import MERGE_REFUSED, LoraExpertsFfn, LoraExpertsLinear
-from sparsevlm.adapters.mma.places import find_parts
+from sparsevlm.adapters.passes import find_parts
 from sparsevlm.moe.block import SparseMoeBlock
 from sparsevlm.surgery import decoder_layers, resolve_layers
 
