@@ -329,7 +329,7 @@ def test_a_failed_check_leaves_nothing(tmp_path, monkeypatch):
 
 def test_only_our_models(tmp_path):
     paths = tiny.save_parts(tmp_path)
-    with pytest.raises(ValueError, match="'llama' model, not one of SparseVLM"):
+    with pytest.raises(ValueError, match="'llama' model: there is no tower"):
         export(paths["language"], tmp_path / "out")
 
 
