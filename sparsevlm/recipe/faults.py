@@ -110,8 +110,9 @@ def _word(error: _Error, root: type[BaseModel], tree: Located, plain: Any) -> st
         section = section_at(around, _value_at(tree, error.path[:-1]))
         known = list(section.model_fields) if section is not None else []
         hint = suggest(str(error.path[-1]), known)
-        other = option_elsewhere(root, error.path[:-1], str(error.path[-1]), plain) if not hint else None
-        if other is not None:
+        other = option_elsewhere(root, error.path[:-1], str(error.path[-1]), plain)
+        # A section within this one that has it tells more than a name that looks like it.
+        if other is not None and (not hint or other[: len(error.path) - 1] == error.path[:-1]):
             return f"unknown option here: it belongs to {_dotted(other)!r}"
         return f"unknown option{hint or ' (known: ' + ', '.join(known) + ')'}"
     if error.kind in ("union_tag_invalid", "union_tag_not_found"):

@@ -23,6 +23,7 @@ class Lora(Strict):
     """Low-rank additions to frozen matrices, W + (alpha / r) B A, through PEFT (Hu et al., arXiv:2106.09685)."""
 
     mergeable: ClassVar[bool] = True
+    zero: ClassVar[int] = 3
 
     type: Literal["lora"]
     """Kind of adapter."""
@@ -89,6 +90,7 @@ class Lora(Strict):
             yield ("pissa_iterations",), "only 'init: pissa' has iterations"
         experts = raw.get("experts", "all")
         if isinstance(experts, list):
+            targets = targets if "targets" in raw else cls.model_fields["targets"].default
             if targets and not any("expert" in target or "*" in target for target in targets):
                 yield ("experts",), "no target names experts that could be chosen: add 'moe.experts'"
             for i, expert in enumerate(experts):
