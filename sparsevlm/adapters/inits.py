@@ -22,6 +22,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -53,10 +54,11 @@ def check_layers(model: nn.Module, modules: Sequence[str], parameters: Sequence[
             raise ValueError(
                 f"'init: {spec.init}' is defined for linear layers, but the target {name} is a {type(module).__name__}"
             )
-        limit = module.weight.shape[_inputs_at(module)] if spec.init == "eva" else min(module.weight.shape)
+        shape = getattr(module.weight, "ds_shape", module.weight.shape)  # of a shard, the whole's
+        limit = shape[_inputs_at(module)] if spec.init == "eva" else min(shape)
         if spec.r > limit:
             raise ValueError(
-                f"'init: {spec.init}' takes r directions of each layer, but {name} ({tuple(module.weight.shape)}) has "
+                f"'init: {spec.init}' takes r directions of each layer, but {name} ({tuple(shape)}) has "
                 f"{limit} and r is {spec.r}; lower r or leave the layer out"
             )
 
@@ -211,6 +213,8 @@ def _gather(
 def apply_start(model: nn.Module, start: Mapping[str, Tensor], spec: Lora, adapter: str) -> None:
     """Set A and B, and take their product off the weights where the start says so; the layers are PEFT's.
 
+    The weights may be ZeRO-3's shards; all ranks call it then.
+
     Raises:
         ValueError: The start is of other layers or another rank.
     """
@@ -222,9 +226,10 @@ def apply_start(model: nn.Module, start: Mapping[str, Tensor], spec: Lora, adapt
                 raise ValueError(f"the start of {name} has shape {tuple(value.shape)}, not {tuple(parameter.shape)}")
             parameter.data = value.clone().to(parameter.dtype)
         if spec.init in REWRITING:
-            residual = _matrix(layer.base_layer) - scaling(spec) * b @ a
             weight = layer.base_layer.weight
-            weight.data = (residual.T if isinstance(layer.base_layer, Conv1D) else residual).to(weight.dtype)
+            with gather_params_ctx(weight):  # whole on every rank, where ZeRO-3 keeps shards
+                residual = _matrix(layer.base_layer) - scaling(spec) * b @ a
+                weight.copy_(residual.T if isinstance(layer.base_layer, Conv1D) else residual)
     if spec.init in REWRITING:
         setattr(model, START, dict(start))
 

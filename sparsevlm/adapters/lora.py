@@ -67,7 +67,7 @@ def _check_experts(model: Any, parameters: tuple[str, ...], chosen: Sequence[int
     stacks = [model.get_parameter(name) for name in parameters if not name.endswith(".gate.weight")]
     if not stacks:
         raise ValueError("'experts' chooses among stacked experts, but no target matches any: add 'moe.experts'")
-    number = min(len(stack) for stack in stacks)
+    number = min(getattr(stack, "ds_shape", stack.shape)[0] for stack in stacks)
     for expert in chosen:
         if expert >= number:
             raise ValueError(f"'experts' names expert {expert}, but the stacks have {number}: 0 to {number - 1}")

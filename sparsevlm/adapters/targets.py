@@ -171,5 +171,5 @@ def _parameters(model: Any) -> Iterator[tuple[str, str]]:
         if isinstance(module, SparseMoeBlock):
             yield f"{prefix}.gate.weight", "moe.router"
             for name, parameter in module.experts.named_parameters():
-                if parameter.ndim == 3:
+                if len(getattr(parameter, "ds_shape", parameter.shape)) == 3:  # of a shard, the whole's
                     yield f"{prefix}.experts.{name}", "moe.experts"

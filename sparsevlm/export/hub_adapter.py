@@ -86,7 +86,9 @@ def choose_base(
             f"(sparsevlm push {source.base} {repo}-base), or name it with --base OWNER/NAME where it is there already, "
             "or leave --adapter-only out: the base then goes up beside the adapter"
         )
-    place = ([row for row in pushed if row.folder is None] or pushed)[-1]  # its own repository or branch before a folder
+    place = ([row for row in pushed if row.folder is None] or pushed)[
+        -1
+    ]  # its own repository or branch before a folder
     return Base(place.repo, place.commit, place.folder)
 
 

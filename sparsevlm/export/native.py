@@ -242,7 +242,9 @@ def _read_config(path: str) -> Any:
     except OSError as error:
         raise ValueError(f"{path}: no model configuration ({str(error).splitlines()[0]})") from None
     if not isinstance(config, ours.SparseVLMConfig):
-        raise ValueError(f"{path} is a {config.model_type!r} model: there is no tower and no connector of SparseVLM in it to export")
+        raise ValueError(
+            f"{path} is a {config.model_type!r} model: there is no tower and no connector of SparseVLM in it to export"
+        )
     return config
 
 

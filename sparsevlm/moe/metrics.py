@@ -8,7 +8,7 @@ Legend: S tokens, E experts, k experts a token, L MoE layers, M modalities, n we
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -212,21 +212,24 @@ def expert_similarity(model: nn.Module, group: str = MOE) -> list[Tensor]:
         return [cosines for name, cosines in filter(None, answers) if name == group]
     found = []
     for block in moe_blocks(model):
-        experts: Any = block.experts
         spread = getattr(block, "_is_autoep_layer", False)
-        added: dict[str, Tensor] = {}
-        while hasattr(experts, "base_layer"):  # PEFT's wrapper of one stack, around that of another
-            added[experts.parameter_name] = experts.get_delta_weight(experts.active_adapters[0]).detach()
-            experts = experts.base_layer
-        names = ("w1", "w3", "w2") if spread else (getattr(experts, "up_name", ""), "down_proj")
-        weights = [
-            weight + added[name] if name in added else weight
-            for name in names
-            if (weight := getattr(experts, name, None)) is not None
-        ]
-        with _whole(weights):
-            found.append(weight_cosines(weights, _over_ranks(block) if spread else None))
+        with _whole(block.experts.parameters()):
+            found.append(weight_cosines(_stacks(block.experts, spread), _over_ranks(block) if spread else None))
     return found
+
+
+def _stacks(experts: Any, spread: bool) -> list[Tensor]:
+    """Return the stacks that make up the experts, with what adapters add to them."""
+    added: dict[str, Tensor] = {}
+    while hasattr(experts, "base_layer"):  # PEFT's wrapper of one stack, around that of another
+        added[experts.parameter_name] = experts.get_delta_weight(experts.active_adapters[0]).detach()
+        experts = experts.base_layer
+    names = ("w1", "w3", "w2") if spread else (getattr(experts, "up_name", ""), "down_proj")
+    return [
+        weight + added[name] if name in added else weight
+        for name in names
+        if (weight := getattr(experts, name, None)) is not None
+    ]
 
 
 def moe_blocks(model: nn.Module) -> Iterator[Any]:
@@ -242,13 +245,14 @@ def mean_cosine(cosines: Tensor) -> float:
     return float((cosines.sum() - cosines.diagonal().sum()) / (experts * (experts - 1)))
 
 
-def _whole(parameters: Sequence[Tensor]) -> AbstractContextManager[Any]:
+def _whole(parameters: Iterable[Tensor]) -> AbstractContextManager[Any]:
     """Gather parameters that ZeRO-3 keeps in shards."""
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+    shards = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not shards:
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(list(parameters))
+    return deepspeed.zero.GatheredParameters(shards)
 
 
 def _over_ranks(block: Any) -> Callable[[Tensor], Tensor] | None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
-from sparsevlm.recipe.adapter import Adapter, adapter_faults, order_faults, trains_beside
+from sparsevlm.recipe.adapter import Adapter, adapter_faults, order_faults, sharding_faults, trains_beside
 from sparsevlm.recipe.hub import Hub, hub_faults
 from sparsevlm.recipe.model import ConnectorBlock, Language, Model, Video, Vision
 from sparsevlm.recipe.moe import LayerChoice, Router, Upcycle
@@ -356,11 +356,7 @@ class Recipe(Strict):
                 upcycled = upcycled or name
             adapter = view(stage.get("adapter"))
             sharding = view(raw.get("sharding") if stage.get("sharding") is None else stage["sharding"])
-            if adapter and sharding.get("zero", 0) != 0:
-                yield (
-                    (*at, "adapter"),
-                    "adapters train without DeepSpeed only; set 'sharding: {zero: 0}' for this stage",
-                )
+            yield from (((*at, "adapter", *place), what) for place, what in sharding_faults(adapter, sharding))
             for i, target in enumerate(names(adapter.get("targets"))):
                 if target.startswith("moe.") and not upcycled:
                     yield (

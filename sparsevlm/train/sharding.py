@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from sparsevlm.adapters.names import is_adapter_parameter
 from sparsevlm.recipe.schema import Recipe, Sharding, Stage
 from sparsevlm.train.expert_parallel import autoep_config
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 MOE_BLOCK = "sparsevlm.moe.block.SparseMoeBlock"
 """What ZeRO-3 handles as one module."""
@@ -36,6 +41,47 @@ def load_sharded(engine: Any, checkpoint: str | Path) -> None:
     """Load a checkpoint that DeepSpeed has written; it holds no frozen parameters."""
     path, _ = engine.load_checkpoint(str(checkpoint), load_module_strict=False)
     assert path is not None, f"DeepSpeed found nothing in {checkpoint}"
+
+
+def cast_adapter(model: nn.Module, deepspeed: Any) -> None:
+    """Bring an adapter's weights to bfloat16 where DeepSpeed trains such weights through float32 masters.
+
+    They are float32 otherwise, also on a bfloat16 model; but DeepSpeed wants one type for all that trains.
+    """
+    import torch
+
+    if isinstance(deepspeed, dict) and deepspeed["bf16"]["enabled"]:
+        for name, parameter in model.named_parameters():
+            if is_adapter_parameter(name):
+                parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def gather_state(model: nn.Module, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """Return some of a model's weights and saved buffers, whole; all ranks call it.
+
+    One tensor at a time, so that beside what is asked for nothing is gathered. Where DeepSpeed trains a 16-bit weight
+    through a float32 master, the master is returned.
+
+    Args:
+        model: The model as it was handed to DeepSpeed.
+        wanted: Tells by its name whether a tensor is.
+    """
+    import deepspeed
+    import torch
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    found: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not wanted(name):
+            continue
+        if is_adapter_parameter(name) and tensor.requires_grad and tensor.dtype != torch.float32:
+            master = safe_get_full_fp32_param(tensor)
+            assert master is not None, f"{name} trains, but DeepSpeed has no master of it"
+            found[name] = master.detach().to("cpu", copy=True).view(getattr(tensor, "ds_shape", tensor.shape))
+            continue
+        with torch.no_grad(), deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
+            found[name] = tensor.detach().to("cpu", copy=True)
+    return found
 
 
 def deepspeed_config(

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsevlm.adapters.names import is_adapter_parameter
 from sparsevlm.recipe.load import dump_recipe
 from sparsevlm.recipe.schema import Recipe
 from sparsevlm.train import checkpoints
@@ -20,14 +21,14 @@ from sparsevlm.train.evaluation import by_kind, eval_specs, evaluate_stage, surv
 from sparsevlm.train.expert_parallel import complete_state, ranks_of_experts
 from sparsevlm.train.fingerprint import check_unchanged, stage_inputs
 from sparsevlm.train.prepare import CHECKPOINTS, START, save_start, start_model, training_dtype
-from sparsevlm.train.sharding import uses_deepspeed
+from sparsevlm.train.sharding import cast_adapter, gather_state, uses_deepspeed
 from sparsevlm.train.summary import STAGE_FILE, StageSummary, losses_and_speed, print_trainable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from rich.console import Console
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from sparsevlm.train.trainer import VLMTrainer
 
@@ -116,6 +117,7 @@ def run_stage(
     if stage.adapter is not None:
         begun = read_adapter_start(recipe, name, stage_dir / CHECKPOINTS)
         adapted = attach(model, stage.adapter, seed=recipe.seed, start=begun)
+        cast_adapter(model, args.deepspeed)
         if main:
             console.print(f"{name}: {adapted.describe()}", highlight=False)
     report = select_trainable(model, stage.trains, stage.optim)
@@ -290,6 +292,8 @@ def write_output(trainer: VLMTrainer, recipe: Recipe, output: Path, home: Path, 
     model, state = trainer.vlm, None
     if trainer.expert_ranks > 1:
         state: Any = complete_state(model, main=trainer.args.should_save)
+    elif trainer.is_deepspeed_enabled and has_adapter(model):
+        state = adapter_tensors(model)
     elif trainer.is_deepspeed_enabled:
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathers the shards, on every rank
     if trainer.is_deepspeed_enabled:
@@ -333,6 +337,11 @@ def _snapshots(trainer: Any, recipe: Recipe, name: str, stage_dir: Path, start: 
     assert recipe.hub is not None
     chosen = recipe.hub.stages is None or name in recipe.hub.stages
     return HubSnapshots(recipe.hub.every if chosen else None, stage_dir, write, records, trainer.leave_out, warn)
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return what an adapter's directory holds and nothing of the frozen weights, whole; all ranks call it."""
+    return gather_state(model, lambda name: is_adapter_parameter(name) or name.startswith("model.connector."))
 
 
 def _float16(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

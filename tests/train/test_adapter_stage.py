@@ -273,7 +273,6 @@ def test_the_plan_counts_what_the_stage_trained(finished: Path) -> None:
         ({"stage": {"trains": ["connector"]}}, "trains", "that it does not train"),
         ({"stage": {"trains": ["adapter", "language"]}}, "trains.1", "only the connector"),
         ({"stage": {"adapter": None, "trains": ["adapter"]}}, "trains.0", "no 'adapter'"),
-        ({"stage": {"sharding": {"zero": 2}}}, "adapter", "without DeepSpeed"),
     ],
 )
 def test_what_does_not_fit_is_refused_at_its_line(

@@ -26,17 +26,18 @@ pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo and DeepSpeed on Linux and macOS")
 
 COMPARED = ("loss", "grad_norm", "aux_loss")
+BATCH = {
+    "rows": 4,
+    "rows_per_rank": 1,
+    "workers": 0,
+    "max_length": 64,
+    "packing": False,
+    "group_by_length": False,
+}
 STAGE = {
     "trains": ["connector", "language"],
     "upcycle": {"layers": [1], "aux_loss_coef": 0.1},
-    "batch": {
-        "rows": 4,
-        "rows_per_rank": 1,
-        "workers": 0,
-        "max_length": 64,
-        "packing": False,
-        "group_by_length": False,
-    },
+    "batch": BATCH,
 }
 
 

@@ -264,5 +264,5 @@ def linears(ffn: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def linear_shape(linear: Any) -> tuple[int, int]:
     """Return (in, out) of a linear layer."""
     if isinstance(linear, Conv1D):
-        return tuple(linear.weight.shape)  # pyright: ignore
+        return tuple(getattr(linear.weight, "ds_shape", linear.weight.shape))  # pyright: ignore
     return linear.in_features, linear.out_features

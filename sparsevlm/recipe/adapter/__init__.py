@@ -1,7 +1,7 @@
 """The adapter sections of a recipe: small trained additions to frozen weights, told apart by `type`.
 
 A file a type. Every section has `mergeable`, which says whether a following stage may start from it: the adapter is
-merged into the weights then.
+merged into the weights then; and `zero`, the highest stage of DeepSpeed's ZeRO that it was tested with.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from sparsevlm.recipe.adapter.lora_experts import LoraExperts
 from sparsevlm.recipe.adapter.mma import Mma
 from sparsevlm.recipe.adapter.qlora import QLora
 from sparsevlm.recipe.adapter.selective import PartialLora, SliceLora
-from sparsevlm.recipe.section import CrossFault, names, view
+from sparsevlm.recipe.section import CrossFault, names, number, view
 
-__all__ = ["ADAPTERS", "Adapter", "Lora", "LoraExperts", "Mma", "QLora", "adapter_faults", "order_faults", "trains_beside"]
+__all__ = [
+    "ADAPTERS", "Adapter", "Lora", "LoraExperts", "Mma", "PartialLora", "QLora", "SliceLora", "adapter_faults",
+    "order_faults", "sharding_faults", "trains_beside",
+]  # fmt: skip
 
 Adapter = Annotated[Lora | QLora | Mma | LoraExperts | PartialLora | SliceLora, Field(discriminator="type")]
 """What `adapter` of a stage may be."""
@@ -72,3 +75,15 @@ def order_faults(stages: dict[str, Any]) -> Iterator[CrossFault]:
                 f"what {kind!r} adds depends on the input and cannot be merged, so stage {after!r} cannot start from "
                 "this one; put this stage last",
             )
+
+
+def sharding_faults(adapter: Any, sharding: Any) -> Iterator[CrossFault]:
+    """Yield a sharding that a stage's adapter does not work with; the path starts at the adapter."""
+    kind, zero = view(adapter).get("type"), number(view(sharding).get("zero", 0))
+    highest = ADAPTERS[kind].zero if kind in ADAPTERS else 3
+    if zero is not None and zero > highest:
+        yield (
+            ("type",),
+            f"{kind!r} works up to 'zero: {highest}', and this stage has {zero:g}; set 'sharding: {{zero: {highest}}}' "
+            "for this stage",
+        )

@@ -19,7 +19,7 @@ class LoraExperts(Strict):
     """
 
     mergeable: ClassVar[bool] = False
-    zero: ClassVar[int] = 0
+    zero: ClassVar[int] = 3
 
     type: Literal["lora_experts"]
     """Kind of adapter."""

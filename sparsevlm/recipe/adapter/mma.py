@@ -19,6 +19,7 @@ class Mma(Strict):
     """
 
     mergeable: ClassVar[bool] = False
+    zero: ClassVar[int] = 3
 
     type: Literal["mma"]
     """Kind of adapter."""

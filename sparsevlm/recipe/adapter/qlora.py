@@ -19,7 +19,7 @@ class QLora(Lora):
     head, routers, norms and biases stay as they are.
     """
 
-    zero: ClassVar[int] = 0
+    zero: ClassVar[int] = 2
 
     type: Literal["qlora"]  # pyright: ignore[reportIncompatibleVariableOverride]
     """Kind of adapter."""

@@ -18,6 +18,7 @@ class PartialLora(Strict):
     """
 
     mergeable: ClassVar[bool] = False
+    zero: ClassVar[int] = 3
 
     type: Literal["partial_lora"]
     """Kind of adapter."""
@@ -47,6 +48,7 @@ class SliceLora(Strict):
     """
 
     mergeable: ClassVar[bool] = False
+    zero: ClassVar[int] = 3
 
     type: Literal["slice_lora"]
     """Kind of adapter."""
