@@ -25,7 +25,7 @@ class Hub(Strict):
     """OWNER/NAME; made where there is none. The token is that of `hf auth login` or HF_TOKEN."""
     private: bool = True
     """Make it private; a repository that is there and public is then refused."""
-    stages: list[str] | None = None
+    stages: list[str] | None = Field(default=None, min_length=1)
     """Stages to upload; default: all."""
     every: int | None = Field(default=None, ge=1)
     """Steps between checkpoints that are uploaded to the stage's branch as models to load; default: none. Each is

@@ -383,6 +383,7 @@ def test_it_is_no_part_of_what_a_stage_depends_on(finished: Path) -> None:
         ([f"hub.repo={REPO}", "hub.stages=[algin]"], "hub.stages.0", "did you mean 'align'"),
         ([f"hub.repo={REPO}", "hub.evry=3"], "hub.evry", "did you mean 'every'"),
         ([f"hub.repo={REPO}", "hub.every=0"], "hub.every", "1"),
+        ([f"hub.repo={REPO}", "hub.stages=[]"], "hub.stages", "may not be empty"),
         (["hub.private=false"], "hub.repo", "missing"),
     ],
 )
