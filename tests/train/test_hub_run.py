@@ -161,6 +161,22 @@ def test_adapter_stages_name_the_stage_before(tiny_parts: dict[str, str], server
     assert parent["hub"]["revision"] == server.repos["me/alone"].branches["lora-base"]
 
 
+@pytest.mark.slow
+def test_two_processes_write_one_snapshot(
+    tiny_parts: dict[str, str], server: Hub, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The launching process uploads what rank 0 writes; no snapshot fails for the other rank."""
+    server.fail("POST", "/commit/", 403, times=10**6)
+    train(recipe_file(tmp_path, tiny_parts, {"every": 2, "wait": 30}, only=["align"]), nproc=2)
+    told = capfd.readouterr().err
+    assert "was not written" not in told
+    assert "stage align is NOT on the Hub" in told
+    server.faults.clear()
+    train(tmp_path / "recipe.json", nproc=2)
+    written = (tmp_path / "run" / "align" / "model.safetensors").read_bytes()
+    assert of_stage(server, "main")["model.safetensors"] == of_stage(server, "align")["model.safetensors"] == written
+
+
 # ---- the uploader ----------------------------------------------------------------------------------------------------
 
 
