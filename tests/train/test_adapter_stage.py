@@ -267,7 +267,7 @@ def test_the_plan_counts_what_the_stage_trained(finished: Path) -> None:
         ({"targets": ["q_proj", "q_proj"]}, "adapter.targets.1", "named twice"),
         ({"targets": ["moe.router"], "dropout": 0.1}, "adapter.targets.0", "cannot do dropout"),
         ({"init": "orthogonal", "r": 3}, "adapter.init", "even r"),
-        ({"init": "pissa"}, "adapter.init", "default | gaussian | orthogonal"),
+        ({"init": "loftq"}, "adapter.init", "default | gaussian | orthogonal | pissa | olora | eva | corda"),
         ({"type": "lra"}, "adapter.type", "did you mean 'lora'"),
         ({"targets": ["connector"], "stage": {"trains": ["adapter", "connector"]}}, "trains.1", "not both"),
         ({"stage": {"trains": ["connector"]}}, "trains", "that it does not train"),
