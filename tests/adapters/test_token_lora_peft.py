@@ -161,9 +161,9 @@ def test_a_native_llava() -> None:
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     torch.manual_seed(0)
-    native = LlavaConfig(
-        vision_config=tiny.vision_config(), text_config=tiny.text_config(), image_token_id=6, vision_feature_layer=-2
-    )
+    fields: dict[str, Any] = {"vision_config": tiny.vision_config(), "text_config": tiny.text_config()}
+    fields |= {"image_token_id": 6, "vision_feature_layer": -2}
+    native = LlavaConfig(**fields)
     base = LlavaForConditionalGeneration(native).double().eval()
     ids = torch.randint(10, 60, (2, 20))
     ids[1, 2:18] = 6
