@@ -180,15 +180,24 @@ def _find(name: str) -> Path:
     if is_adapter(folder):
         return folder
     if (folder / "config.json").is_file():
+        run = folder.resolve().parent if (folder / "stage.json").is_file() else None
+        others = [str(stage) for stage in complete_stages(run) if is_adapter(stage)] if run else []
+        near = f" (its run has {', '.join(others)})" if others else ""
         raise ValueError(
             f"{name} is a whole model, not an adapter: there is nothing to merge into it. Pass the directory with "
-            f"{ADAPTER_CONFIG}, and this one as --base if it is what the adapter was trained on"
+            f"{ADAPTER_CONFIG}{near}, and this one as --base if it is what the adapter was trained on"
         )
     stages = [stage for stage in complete_stages(folder) if is_adapter(stage)]
     nested = stages[::-1] or sorted(file.parent for file in folder.glob(f"*/{ADAPTER_CONFIG}"))
     if nested:
         what = "a run" if stages else "a folder of adapters"
         raise ValueError(f"{name} is {what}; pass one of its adapters: {', '.join(map(str, nested))}")
+    whole = complete_stages(folder)
+    if whole:
+        raise ValueError(
+            f"{name} is a run whose complete stages ({', '.join(stage.name for stage in whole)}) are all whole models: "
+            "there is nothing to merge. A stage with `adapter` leaves an adapter"
+        )
     found = ", ".join(sorted(child.name for child in folder.iterdir())[:6]) or "nothing"
     raise ValueError(f"{name} holds no {ADAPTER_CONFIG} (found: {found}); pass the directory that an adapter is in")
 
@@ -202,7 +211,7 @@ def _download(name: str) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise ValueError(f"{name}: no such directory, and not fetched from the Hub: {error}") from error
     if not is_adapter(directory):
-        raise ValueError(f"{name} on the Hub holds no {ADAPTER_CONFIG}: it is no adapter")
+        raise ValueError(f"{name} on the Hub holds no {ADAPTER_CONFIG}: it is no adapter; pass one")
     return directory
 
 
@@ -214,7 +223,7 @@ def _refuse_method(name: str, method: str) -> None:
     if reason is not None:
         raise ValueError(
             f"{name} is a {method} adapter, which has no merged form: {reason}. Keep it as an adapter beside its base: "
-            "its directory is what is loaded, copied and uploaded"
+            "load it with sparsevlm or PeftModel.from_pretrained, upload it with sparsevlm push --adapter-only"
         )
     raise ValueError(
         f"{name} is a {method or 'nameless'} adapter; only LoRA and its variants are merged on disk. If PEFT can merge "

@@ -52,6 +52,10 @@ def edited(adapter: Path, out: Path, edit: Callable[[dict[str, Any]], None]) -> 
     ("options", "match"),
     [
         ({"peft_type": "MMA"}, "MMA adapter, which has no merged form: its router.*Keep it as an adapter"),
+        ({"peft_type": "MMA"}, "PeftModel.from_pretrained, upload it with sparsevlm push --adapter-only"),
+        ({"peft_type": "PARTIAL_LORA"}, "PARTIAL_LORA adapter, .*: only image tokens pass it"),
+        ({"peft_type": "SLICE_LORA"}, "SLICE_LORA adapter, .*: each slice of a picture"),
+        ({"peft_type": "LORA_EXPERTS"}, "LORA_EXPERTS adapter, .*: a router chooses its experts"),
         ({"peft_type": "PROMPT_TUNING"}, "no merged form: it adds virtual tokens"),
         ({"peft_type": "PREFIX_TUNING"}, "no merged form: it adds keys and values"),
         ({"peft_type": "IA3"}, "is a IA3 adapter; only LoRA"),
@@ -81,10 +85,31 @@ def test_folders_that_are_no_adapter(adapter: Path, llama: Path, tmp_path: Path)
     refused("this stage is not complete", run / "tune", tmp_path / "out")
     (run / "tune" / "COMPLETE").write_text("")
     refused(f"is a run; pass one of its adapters: {run / 'tune'}", run, tmp_path / "out")
+    plain = tmp_path / "plain"
+    shutil.copytree(llama, plain / "align")
+    for name in ("stage.json", "COMPLETE"):
+        (plain / "align" / name).write_text("{}")
+    refused(r"a run whose complete stages \(align\) are all whole models", plain, tmp_path / "out")
+    shutil.copytree(run / "tune", plain / "tune")
+    refused(rf"is a whole model.*its run has {plain / 'tune'}", plain / "align", tmp_path / "out")
     (tmp_path / "empty").mkdir()
     refused("holds no adapter_config.json .found: nothing", tmp_path / "empty", tmp_path / "out")
     (run / "tune" / "adapter_model.safetensors").rename(run / "tune" / "adapter_model.bin")
     refused("but adapter_model.bin; load the adapter with PEFT", run / "tune", tmp_path / "out", llama)
+
+
+def test_names_that_the_hub_does_not_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def gone(*_: Any, **__: Any) -> str:
+        raise LocalEntryNotFoundError("no such repository")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", gone)
+    refused("someone/gone: no such directory, and not fetched from the Hub: no such", "someone/gone", tmp_path / "out")
+    (tmp_path / "cache").mkdir()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path / "cache"))
+    refused("someone/model on the Hub holds no adapter_config.json", "someone/model", tmp_path / "out")
 
 
 def test_bases_that_do_not_fit(adapter: Path, llama: Path, tmp_path: Path) -> None:
