@@ -249,13 +249,17 @@ def detach(model: Any, *, merge: bool) -> None:
     """Take the adapter off, in place; with ``merge`` its weights are added to those that it adapted.
 
     Raises:
-        ValueError: The merged weights are not finite.
+        ValueError: The merged weights are not finite, or the model's weights are quantised.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     from sparsevlm.adapters.inits import take_back
 
-    assert not merge or settings_of(model) is None, "load the adapter on weights that are not quantised to merge it"
+    if merge and settings_of(model) is not None:
+        raise ValueError(
+            "an adapter is not merged into quantised weights: load it on the stored ones, with "
+            "load_model(..., quantised=False), or use 'sparsevlm merge' on its directory"
+        )
     forget_marks(model)
     take_back(model, merged=merge)
     for name, module in reversed(list(model.named_modules())):  # layers within layers first, while their names hold

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsevlm.adapters.saved import ADAPTER_CONFIG, PARENT, weights_hash
+from sparsevlm.adapters.saved import ADAPTER_CONFIG, PARENT, QUANTISATION, read_parent, weights_hash
 from sparsevlm.export.card import hub_id
 from sparsevlm.export.hub_files import BASE, Source, weight_files
 from sparsevlm.export.hub_record import read_pushes
@@ -103,6 +103,7 @@ def adapter_files(source: Source, base: Base) -> dict[str, bytes]:
         parent["hub"] = {"repo": base.repo, "revision": base.revision, "folder": base.folder}
         if base.beside:
             parent["relative"] = BASE
+        parent |= {key: value for key, value in read_parent(source.model).items() if key == QUANTISATION}
         files[PARENT] = _dumped(parent)
     return files
 

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForImageTextToText, GenerationMixin
 from transformers.cache_utils import Cache
 
-from sparsevlm.adapters.quantise import settings_of
 from sparsevlm.connectors.base import connector_dims, parse_connector
 from sparsevlm.data.sample import IGNORE_INDEX
 from sparsevlm.model import attention
@@ -347,19 +346,6 @@ class SparseVLMForConditionalGeneration(SparseVLMPreTrainedModel, GenerationMixi
             router_indices=outputs.router_indices,
             router_groups=outputs.router_groups,
         )
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Save the model; see transformers.
-
-        Raises:
-            ValueError: Its weights are quantised, so that they are not there to be saved.
-        """
-        if settings_of(self) is not None:
-            raise ValueError(
-                "the weights of this model are quantised for an adapter, and are saved by the model that they come "
-                "from: save the adapter (save_adapter), or load it with load_model(..., quantised=False) to merge it"
-            )
-        super().save_pretrained(*args, **kwargs)
 
     def _target_loss(self, hidden_states: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
         """Cross entropy over target positions only; equal to the loss over all logits."""

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from sparsevlm.adapters.names import is_adapter_parameter
+from sparsevlm.adapters.quantise import settings_of
 from sparsevlm.moe.block import initialize_moe, set_implementation
 from sparsevlm.moe.router import KEEP_FLOAT32
 
@@ -36,7 +37,7 @@ class MoePreTrainedModel(PreTrainedModel):
         """Save the whole model, as any model of transformers.
 
         Raises:
-            ValueError: An adapter is attached.
+            ValueError: An adapter is attached, or weights are quantised.
         """
         self._refuse_adapter("save_pretrained")
         super().save_pretrained(*args, **kwargs)
@@ -45,13 +46,19 @@ class MoePreTrainedModel(PreTrainedModel):
         """Upload the whole model, as any model of transformers.
 
         Raises:
-            ValueError: An adapter is attached.
+            ValueError: An adapter is attached, or weights are quantised.
         """
         self._refuse_adapter("push_to_hub")
         return super().push_to_hub(*args, **kwargs)
 
     def _refuse_adapter(self, method: str) -> None:
         """Refuse to write weights under the names that an adapter's layers give them: nothing could load those."""
+        if settings_of(self) is not None:
+            raise ValueError(
+                f"{method}() writes a whole model, and the weights of this one are quantised for an adapter. To save "
+                "the adapter: sparsevlm.adapters.attach.save_adapter(model, directory, parent). For a whole model: "
+                "'sparsevlm merge' on the adapter's directory"
+            )
         if any(is_adapter_parameter(name) for name, _ in self.named_parameters()):
             raise ValueError(
                 f"{method}() writes a whole model, and this one has an adapter attached. To save the adapter alone: "

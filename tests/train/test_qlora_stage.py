@@ -123,7 +123,7 @@ def test_the_next_stage_starts_from_the_adapter_merged_into_the_stored_weights(f
         ({"quantise": ["language", "language"]}, "adapter.quantise.1", "named twice"),
         ({"quantise": ["connector"], "stage": {"trains": ["adapter", "connector"]}}, "trains.1", "is quantised"),
         ({"dora": True}, "adapter", "no multiple of 64 wide"),
-        ({"stage": {"sharding": {"zero": 3}}}, "adapter", "zero: 0"),
+        ({"stage": {"sharding": {"zero": 3}}}, "adapter", "zero: 2"),
     ],
 )
 def test_what_does_not_fit_is_refused_at_its_line(
@@ -139,3 +139,12 @@ def test_what_does_not_fit_is_refused_at_its_line(
 def test_a_quantised_connector_is_left_alone(tiny_parts: dict[str, str], tmp_path: Path) -> None:
     recipe = load_recipe(recipe_of(tmp_path, tiny_parts, only=["align"], type="qlora", quantise=["connector"]))
     assert recipe.stages["lora"].trains == ["adapter"]
+
+
+def test_an_uploaded_adapter_says_how_its_base_is_quantised(finished: Path) -> None:
+    from sparsevlm.export.hub_adapter import Base, adapter_files
+    from sparsevlm.export.hub_files import read_source
+
+    stage = finished / "run" / "lora"
+    files = adapter_files(read_source(stage), Base("me/base", "main"))
+    assert json.loads(files["parent.json"])["quantization"] == read_parent(stage)["quantization"]
