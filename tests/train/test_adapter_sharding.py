@@ -203,3 +203,20 @@ def test_only_what_an_adapter_directory_holds_is_gathered(tiny_model: Any) -> No
     assert got.keys() == want.keys() and blocks
     assert all(torch.equal(tensor, got[name]) for name, tensor in want.items())
     assert len(state) == len(want)  # and nothing of the frozen weights
+
+
+def test_the_plan_shards_frozen_weights_and_counts_states_of_what_trains(
+    tiny_parts: dict[str, str], tmp_path: Path
+) -> None:
+    from sparsevlm.train.plan import plan
+
+    lora = next(case for case in CASES if case.name == "lora")
+    planned = {
+        zero: plan(load_recipe(recipe_of(tmp_path, tiny_parts, lora, zero)), world=2)["stages"][0] for zero in (0, 2, 3)
+    }
+    total, trained = (planned[3]["parameters"][key] for key in ("total", "trainable"))
+    assert 0 < trained < total / 2
+    memory = {zero: stage["memory"] for zero, stage in planned.items()}
+    assert [memory[zero]["weights"] for zero in (0, 2, 3)] == [4 * total, 4 * total, 4 * (total // 2)]
+    assert [memory[zero]["gradients"] for zero in (0, 2, 3)] == [4 * trained, 4 * (trained // 2), 4 * (trained // 2)]
+    assert [memory[zero]["optimizer"] for zero in (0, 2, 3)] == [8 * trained, 6 * trained, 6 * trained]
