@@ -84,7 +84,6 @@ def test_the_start_is_made_once_and_says_how_far_the_model_is_from_its_parent(
         ({"init": "pissa", "targets": ["q_proj"], "r": 40}, "adapter", "r is 40"),
         ({"init": "pisa"}, "adapter.init", "did you mean 'pissa'"),
         ({"init": "olora", "pissa_iterations": 4}, "adapter.pissa_iterations", "only 'init: pissa'"),
-        ({"init": "eva", "stage": {"sharding": {"zero": 2}}}, "adapter.init", "made from whole weights"),
         ({"experts": [0]}, "adapter.experts", "add 'moe.experts'"),
         ({"experts": [0, 1, 0], "targets": ["moe.experts"]}, "adapter.experts.2", "named twice"),
         (

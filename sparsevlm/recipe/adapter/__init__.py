@@ -87,5 +87,3 @@ def sharding_faults(adapter: Any, sharding: Any) -> Iterator[CrossFault]:
             f"{kind!r} works up to 'zero: {highest}', and this stage has {zero:g}; set 'sharding: {{zero: {highest}}}' "
             "for this stage",
         )
-    if zero and hasattr(ADAPTERS.get(str(kind)), "sharding_faults"):
-        yield from ADAPTERS[kind].sharding_faults(view(adapter), zero)

@@ -96,13 +96,3 @@ class Lora(Strict):
             for i, expert in enumerate(experts):
                 if expert in experts[:i]:
                     yield ("experts", i), f"expert {expert} is named twice"
-
-    @classmethod
-    def sharding_faults(cls, raw: dict[str, Any], zero: float) -> Iterator[CrossFault]:
-        """Yield options that cannot be had under ZeRO; paths start at the adapter."""
-        if raw.get("init") in MADE and zero:
-            yield (
-                ("init",),
-                f"'init: {raw['init']}' is made from whole weights, but under ZeRO each process holds a part; set "
-                "'sharding: {zero: 0}' for this stage, or another init",
-            )
