@@ -2,17 +2,53 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sparsevlm.recipe.load import dump_recipe
+from sparsevlm.recipe.schema import Recipe
 from sparsevlm.train.checkpoints import mark_complete
 from sparsevlm.train.hub_snapshots import FOLDER, drop, found
+from sparsevlm.train.summary import STAGE_FILE
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_METRICS = "metrics.jsonl"
+
+
+def snapshots_of(
+    trainer: Any,
+    recipe: Recipe,
+    name: str,
+    stage_dir: Path,
+    write: Callable[[Path, Path], bool],
+    versions: dict[str, str],
+    console: Console,
+) -> HubSnapshots:
+    """Return the callback of a stage; `write` is that of `HubSnapshots`, `versions` are those of packages."""
+
+    def records(step: int) -> dict[str, str]:
+        metrics = stage_dir / _METRICS
+        return {
+            "recipe.yaml": dump_recipe(recipe),
+            STAGE_FILE: json.dumps({"stage": name, "step": step, "versions": versions}, indent=2) + "\n",
+            _METRICS: metrics.read_text(encoding="utf-8") if metrics.is_file() else "",
+        }
+
+    def warn(text: str) -> None:
+        console.print(f"{name}: {text}", highlight=False, markup=False)
+
+    assert recipe.hub is not None
+    chosen = recipe.hub.stages is None or name in recipe.hub.stages
+    return HubSnapshots(recipe.hub.every if chosen else None, stage_dir, write, records, trainer.leave_out, warn)
 
 
 class HubSnapshots(TrainerCallback):

@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,7 +145,10 @@ def run_stage(
         callbacks=[MetricsWriter(stage_dir / METRICS), progress, *balance_callbacks(model)],
     )
     if recipe.hub is not None:
-        trainer.add_callback(_snapshots(trainer, recipe, name, stage_dir, start, console))
+        from sparsevlm.train.hub_writer import snapshots_of
+
+        writes = partial(write_output, trainer, recipe, start=start)
+        trainer.add_callback(snapshots_of(trainer, recipe, name, stage_dir, writes, versions(), console))
     try:
         trainer.train(str(resume) if resume is not None else None)
     finally:
@@ -313,30 +317,6 @@ def write_output(trainer: VLMTrainer, recipe: Recipe, output: Path, home: Path, 
         _declare_dtype(output / "config.json", recipe.model.dtype)
     trainer.processing_class.save_pretrained(output)  # pyright: ignore
     return True
-
-
-def _snapshots(trainer: Any, recipe: Recipe, name: str, stage_dir: Path, start: Path | None, console: Console) -> Any:
-    """Return the callback that writes what is uploaded in the middle of a stage."""
-    from sparsevlm.train.hub_writer import HubSnapshots
-
-    def write(output: Path, home: Path) -> bool:
-        return write_output(trainer, recipe, output, home, start)
-
-    def records(step: int) -> dict[str, str]:
-        metrics = stage_dir / METRICS
-        told = {"stage": name, "step": step, "versions": versions()}
-        return {
-            "recipe.yaml": dump_recipe(recipe),
-            STAGE_FILE: json.dumps(told, indent=2) + "\n",
-            METRICS: metrics.read_text(encoding="utf-8") if metrics.is_file() else "",
-        }
-
-    def warn(text: str) -> None:
-        console.print(f"{name}: {text}", highlight=False, markup=False)
-
-    assert recipe.hub is not None
-    chosen = recipe.hub.stages is None or name in recipe.hub.stages
-    return HubSnapshots(recipe.hub.every if chosen else None, stage_dir, write, records, trainer.leave_out, warn)
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -389,29 +389,3 @@ def test_the_plan_shows_it_and_misses_a_token(finished: Path, monkeypatch: pytes
 def test_it_is_no_part_of_what_a_stage_depends_on(finished: Path) -> None:
     plain, with_hub = (load_recipe(finished / "recipe.json", more) for more in ([], [f"hub.repo={REPO}"]))
     assert stage_inputs(plain, "moe") == stage_inputs(with_hub, "moe")
-
-
-@pytest.mark.parametrize(
-    ("overrides", "at", "message"),
-    [
-        (["hub.repo=run"], "hub.repo", "expected OWNER/NAME"),
-        ([f"hub.repo={REPO}", "hub.license=My Licence"], "hub.license", "as the Hub spells it"),
-        ([f"hub.repo={REPO}", "hub.stages=[algin]"], "hub.stages.0", "did you mean 'align'"),
-        ([f"hub.repo={REPO}", "hub.evry=3"], "hub.evry", "did you mean 'every'"),
-        ([f"hub.repo={REPO}", "hub.every=0"], "hub.every", "1"),
-        ([f"hub.repo={REPO}", "hub.stages=[]"], "hub.stages", "may not be empty"),
-        (["hub.private=false"], "hub.repo", "missing"),
-    ],
-)
-def test_faults_of_the_section(finished: Path, overrides: list[str], at: str, message: str) -> None:
-    with pytest.raises(RecipeError) as caught:
-        load_recipe(finished / "recipe.json", overrides)
-    assert [fault.path for fault in caught.value.faults] == [at]
-    assert message in str(caught.value)
-
-
-def test_a_stage_called_main_is_refused(tiny_parts: dict[str, str], tmp_path: Path) -> None:
-    file = recipe_file(tmp_path, tiny_parts, only=["align"])
-    file.write_text(file.read_text().replace('"stages": {"align"', '"stages": {"main"'))
-    with pytest.raises(RecipeError, match="cannot be called 'main'"):
-        load_recipe(file)
