@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import BaseModel, ConfigDict
 
 from sparsevlm.registry import CONNECTOR_BLOCKS
-from sparsevlm.vision.tokens import Grid, MediaKind
+from sparsevlm.vision.tokens import Grid, ItemShape, MediaKind
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -34,6 +34,9 @@ class BlockSpec(BaseModel):
     parameter_free: ClassVar[bool] = False
     """True when the module holds no parameter."""
 
+    text_guided: ClassVar[bool] = False
+    """True when the module looks at `VisualTokens.guides`."""
+
     def output_grid(self, grid: Grid, kind: MediaKind) -> Grid:
         """Return the grid that an item of ``grid`` and ``kind`` leaves the block with.
 
@@ -41,6 +44,16 @@ class BlockSpec(BaseModel):
             ValueError: The block cannot take such a grid; the message says which sizes it takes.
         """
         return grid
+
+    def output_items(self, items: Sequence[ItemShape]) -> list[ItemShape]:
+        """Return the items that a batch's items leave the block with, each medium's still following each other.
+
+        Blocks that look at items one by one need not write this; those that join the items of a medium or add some do.
+
+        Raises:
+            ValueError: As `output_grid`.
+        """
+        return [item._replace(grid=self.output_grid(item.grid, item.kind)) for item in items]
 
     def output_dim(self, input_dim: int, text_dim: int) -> int:
         """Return the feature width after the block, given the width before it and the language model's."""
@@ -78,6 +91,13 @@ def connector_grid(specs: Sequence[BlockSpec], grid: Grid, kind: MediaKind) -> G
     for spec in specs:
         grid = spec.output_grid(grid, kind)
     return grid
+
+
+def connector_items(specs: Sequence[BlockSpec], items: Sequence[ItemShape]) -> list[ItemShape]:
+    """Return the items after all blocks, as the modules return them."""
+    for spec in specs:
+        items = spec.output_items(items)
+    return list(items)
 
 
 def connector_dims(specs: Sequence[BlockSpec], input_dim: int, text_dim: int) -> list[int]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsevlm.data.sample import IGNORE_INDEX, Encoded
-from sparsevlm.vision.tokens import MEDIA_KINDS
+from sparsevlm.vision.tokens import MEDIA_KINDS, NO_PLACE, ItemShape
 
 
 class Collator:
@@ -26,7 +26,8 @@ class Collator:
 
     Both: ``input_ids``, ``labels``, and where there are media ``pixel_values`` ``(F, 3, H, W)``, ``image_grid_thw``
     ``(I, 3)``, ``media_kinds`` ``(I,)`` and ``media_owners`` ``(I,)`` (the document of each item; in padded batches
-    that is the row). The label of a document's first token is ignored: nothing precedes it, and in a packed row the
+    that is the row); where pictures are cut also ``media_places`` ``(I, 7)``: the medium of each item in the batch, and
+    its `Place`. The label of a document's first token is ignored: nothing precedes it, and in a packed row the
     end of another document would be trained to predict it.
 
     A batch without any sample (all of its samples could not be read, or the last step of an epoch has fewer rows)
@@ -86,16 +87,21 @@ def _media(documents: Sequence[Encoded]) -> dict[str, Tensor]:
     pixels = [document.pixel_values for document in documents if document.pixel_values is not None]
     if not pixels:
         return {}
-    items = [
-        (owner, grid, MEDIA_KINDS.index(kind))
-        for owner, document in enumerate(documents)
-        for grid, kind in zip(document.grids, document.kinds, strict=True)
-    ]
-    owners, grids, kinds = zip(*items, strict=True)
-    assert sum(p.shape[0] for p in pixels) == sum(grid.t for grid in grids), "frames and tower grids disagree"
-    return {
-        "pixel_values": torch.cat(pixels),  # (F, 3, H, W)
-        "image_grid_thw": torch.tensor([tuple(grid) for grid in grids], dtype=torch.long),  # (I, 3)
-        "media_kinds": torch.tensor(kinds, dtype=torch.long),  # (I,)
-        "media_owners": torch.tensor(owners, dtype=torch.long),  # (I,)
+    frames = sum(item.grid.t for document in documents for item in document.items)
+    assert sum(p.shape[0] for p in pixels) == frames, "frames and tower grids disagree"
+    return {"pixel_values": torch.cat(pixels), **describe_items([document.items for document in documents])}
+
+
+def describe_items(documents: Sequence[Sequence[ItemShape]]) -> dict[str, Tensor]:
+    """Return what a batch says of its visual items, the documents one after the other; see `Collator`."""
+    items = [(owner, item) for owner, document in enumerate(documents) for item in document]
+    described = {
+        "image_grid_thw": torch.tensor([tuple(item.grid) for _, item in items], dtype=torch.long),  # (I, 3)
+        "media_kinds": torch.tensor([MEDIA_KINDS.index(item.kind) for _, item in items]),  # (I,)
+        "media_owners": torch.tensor([owner for owner, _ in items]),  # (I,)
     }
+    if any(item.place is not None for _, item in items):
+        media = {key: i for i, key in enumerate(dict.fromkeys((owner, item.medium) for owner, item in items))}
+        places = [(media[owner, item.medium], *(item.place or NO_PLACE)) for owner, item in items]
+        described["media_places"] = torch.tensor(places)  # (I, 7)
+    return described

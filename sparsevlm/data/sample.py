@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from sparsevlm.vision.tokens import Grid, MediaKind
+from sparsevlm.vision.tokens import Grid, ItemShape, MediaKind
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,19 +88,27 @@ class Encoded:
         input_ids: ``(T,)`` int64; every visual item is a run of its placeholder id, one for each visual token.
         labels: ``(T,)`` int64; `IGNORE_INDEX` where no target is.
         pixel_values: ``(F, 3, H, W)`` float32, frames of all items in order; None without media.
-        grids: Tower grid of each item (before the connector), ``t`` counting its frames.
-        kinds: Media kind of each item.
-        visual_lengths: Tokens of each item after the connector.
+        items: Visual items as they come to the tower (``t`` of a grid counts frames), media counted from 0.
+        visual_lengths: Visual tokens of each medium after the connector.
         sample_id: ``source/id`` for reports.
     """
 
     input_ids: Tensor
     labels: Tensor
     pixel_values: Tensor | None = None
-    grids: tuple[Grid, ...] = ()
-    kinds: tuple[MediaKind, ...] = ()
+    items: tuple[ItemShape, ...] = ()
     visual_lengths: tuple[int, ...] = ()
     sample_id: str = ""
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """Tower grid of each item."""
+        return tuple(item.grid for item in self.items)
+
+    @property
+    def kinds(self) -> tuple[MediaKind, ...]:
+        """Media kind of each item."""
+        return tuple(item.kind for item in self.items)
 
     @property
     def length(self) -> int:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sparsevlm.connectors.base import connector_grid
+from sparsevlm.connectors.base import connector_items
 from sparsevlm.data.collate import Collator
 from sparsevlm.data.sample import Encoded
 from sparsevlm.eval.run import inference_mode_of
@@ -213,12 +213,15 @@ def _pictures(processor: Any, encoded: Encoded) -> Iterator[tuple[Grid, Tensor, 
     ids = encoded.input_ids
     visual = ((ids == processor.image_token_id) | (ids == processor.video_token_id)).nonzero()[:, 0]
     frame = start = 0
-    for grid, kind, length in zip(encoded.grids, encoded.kinds, encoded.visual_lengths, strict=True):
-        after = connector_grid(processor.block_specs, grid, kind)
-        if kind is MediaKind.IMAGE and after.t == 1 and min(after.h, after.w) > 1:
+    for _, group in groupby(encoded.items, key=lambda item: item.medium):
+        items = list(group)
+        after = connector_items(processor.block_specs, items)
+        length = sum(item.grid.num_tokens for item in after)
+        grid = after[0].grid
+        if len(after) == len(items) == 1 and items[0].kind is MediaKind.IMAGE and grid.t == 1 and min(grid[1:]) > 1:
             assert encoded.pixel_values is not None
-            yield after, visual[start : start + length], encoded.pixel_values[frame]
-        frame, start = frame + grid.t, start + length
+            yield grid, visual[start : start + length], encoded.pixel_values[frame]
+        frame, start = frame + sum(item.grid.t for item in items), start + length
 
 
 def _image(pixels: Tensor, spec: Any) -> Image.Image:

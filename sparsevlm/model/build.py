@@ -113,6 +113,7 @@ def image_spec(model: schema.Model, config: SparseVLMConfig) -> ImageSpec:
         std=model.vision.std,
         layer=config.vision_feature_layer,
         select=config.vision_feature_select,
+        tiling=model.vision.tiling,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MEDIA_INPUTS = ("pixel_values", "image_grid_thw", "media_kinds", "media_owners")
+MEDIA_INPUTS = ("pixel_values", "image_grid_thw", "media_kinds", "media_owners", "media_places")
 """Model inputs whose first dimension is frames or visual items, not rows."""
 
 
@@ -21,14 +21,18 @@ def repeat_media(media: dict[str, Tensor], copies: int) -> dict[str, Tensor]:
     """
     owners = media["media_owners"].tolist()
     frames = media["pixel_values"].split(media["image_grid_thw"][:, 0].tolist())
-    order, rows = [], []
+    order, rows, media_of = [], [], []
+    of = media["media_places"][:, 0].tolist() if "media_places" in media else list(range(len(owners)))
     for row in sorted(set(owners)):
         items = [i for i, owner in enumerate(owners) if owner == row]
         for copy in range(copies):
             order += items
             rows += [row * copies + copy] * len(items)
+            media_of += [of[i] * copies + copy for i in items]
     index = torch.tensor(order, device=media["image_grid_thw"].device)
-    repeated = {key: value[index] for key, value in media.items() if key in ("image_grid_thw", "media_kinds")}
+    repeated = {key: value[index] for key, value in media.items() if key not in ("pixel_values", "media_owners")}
     repeated["pixel_values"] = torch.cat([frames[i] for i in order])
+    if "media_places" in media:
+        repeated["media_places"][:, 0] = torch.tensor(media_of, device=index.device)
     repeated["media_owners"] = torch.tensor(rows, device=index.device)
     return repeated

@@ -9,24 +9,42 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sparsevlm.data.sample import IGNORE_INDEX, BadSampleError
-from sparsevlm.vision.tokens import Grid, MediaKind
+from sparsevlm.vision.tokens import ItemShape, MediaKind
+
+Piece = int | tuple[int, ...]
+"""What a medium puts into the prompt: so many visual tokens, or text tokens between them."""
 
 
 @dataclass(frozen=True)
-class Item:
-    """One visual item as the prompt sees it.
+class Medium:
+    """What stands for one placeholder of a prompt.
 
     Attributes:
         kind: Media kind.
-        grid: Tower grid, before the connector.
-        num_tokens: Tokens after the connector.
-        placeholder: Token id that is repeated for it.
+        shapes: Its items as they come to the tower, before the connector.
+        placeholder: Token id that is repeated for each visual token.
+        pieces: Visual tokens, after the connector, and the text between them.
     """
 
     kind: MediaKind
-    grid: Grid
-    num_tokens: int
+    shapes: tuple[ItemShape, ...]
     placeholder: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Visual tokens."""
+        return sum(piece for piece in self.pieces if isinstance(piece, int))
+
+    @property
+    def length(self) -> int:
+        """Tokens in the prompt."""
+        return sum(piece if isinstance(piece, int) else len(piece) for piece in self.pieces)
+
+    @property
+    def num_frames(self) -> int:
+        """Frames that go to the tower."""
+        return sum(shape.grid.t for shape in self.shapes)
 
 
 @dataclass
@@ -37,14 +55,14 @@ class Tokens:
         ids: Token ids, placeholders expanded.
         labels: Target ids, `IGNORE_INDEX` elsewhere.
         offsets: Character span of each token in the rendered text.
-        items: Visual items in order.
-        starts: Position of each item's first placeholder.
+        media: Media in order.
+        starts: Position of each medium's first token.
     """
 
     ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     offsets: list[tuple[int, int]] = field(default_factory=list)
-    items: list[Item] = field(default_factory=list)
+    media: list[Medium] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
 
 
@@ -52,40 +70,41 @@ def expand(
     ids: Sequence[int],
     offsets: Sequence[tuple[int, int]],
     spans: Sequence[tuple[int, int]],
-    items: Sequence[Item],
+    media: Sequence[Medium],
     placeholders: dict[int, str],
 ) -> Tokens:
-    """Repeat placeholders to each item's token count and label the tokens that overlap a target span.
+    """Put each medium's tokens in the place of its placeholder and label the tokens that overlap a target span.
 
     Args:
-        ids: Token ids of the rendered text, one placeholder an item.
+        ids: Token ids of the rendered text, one placeholder a medium.
         offsets: Character span of each token.
         spans: Character spans that are targets, ascending and disjoint.
-        items: Visual items in reading order.
+        media: Media in reading order.
         placeholders: Placeholder ids and how they are written.
 
     Raises:
-        BadSampleError: The text holds another number, or other kinds, of placeholders than there are items.
+        BadSampleError: The text holds another number, or other kinds, of placeholders than there are media.
     """
     found = [token for token in ids if token in placeholders]
-    if found != [item.placeholder for item in items]:
+    if found != [medium.placeholder for medium in media]:
         written = [placeholders[token] for token in found]
-        wanted = [placeholders[item.placeholder] for item in items]
+        wanted = [placeholders[medium.placeholder] for medium in media]
         raise BadSampleError(
-            f"the text holds {len(found)} visual placeholders {written[:8]} but the sample has {len(items)} media "
+            f"the text holds {len(found)} visual placeholders {written[:8]} but the sample has {len(media)} media "
             f"{wanted[:8]}; a literal placeholder in the text counts as one"
         )
     out = Tokens()
-    queue = iter(items)
+    queue = iter(media)
     span = 0
     for token, (start, end) in zip(ids, offsets, strict=True):
         if token in placeholders:
-            item = next(queue)
-            out.items.append(item)
+            medium = next(queue)
+            out.media.append(medium)
             out.starts.append(len(out.ids))
-            out.ids += [token] * item.num_tokens
-            out.labels += [IGNORE_INDEX] * item.num_tokens
-            out.offsets += [(start, end)] * item.num_tokens
+            for piece in medium.pieces:
+                out.ids += [token] * piece if isinstance(piece, int) else piece
+            out.labels += [IGNORE_INDEX] * medium.length
+            out.offsets += [(start, end)] * medium.length
             continue
         while span < len(spans) and spans[span][1] <= start:
             span += 1
@@ -99,16 +118,16 @@ def expand(
 
 
 def truncate(tokens: Tokens, max_length: int | None) -> Tokens:
-    """Cut to `max_length` tokens; a visual block that does not fit whole goes, with all that follows it."""
+    """Cut to `max_length` tokens; a medium that does not fit whole goes, with all that follows it."""
     if max_length is None or len(tokens.ids) <= max_length:
         return tokens
     cut = max_length
     kept = 0
-    for item, start in zip(tokens.items, tokens.starts, strict=True):
-        if start + item.num_tokens > cut:
+    for medium, start in zip(tokens.media, tokens.starts, strict=True):
+        if start + medium.length > cut:
             cut = min(cut, start)
             break
         kept += 1
     return Tokens(
-        tokens.ids[:cut], tokens.labels[:cut], tokens.offsets[:cut], tokens.items[:kept], tokens.starts[:kept]
+        tokens.ids[:cut], tokens.labels[:cut], tokens.offsets[:cut], tokens.media[:kept], tokens.starts[:kept]
     )

@@ -6,7 +6,7 @@ D tower width, N visual tokens after the connector, S = B * T routed tokens, E e
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,14 +22,13 @@ from sparsevlm.model.configuration_sparsevlm import SparseVLMConfig
 from sparsevlm.model.generation import MEDIA_INPUTS, repeat_media
 from sparsevlm.model.outputs import SparseVLMCausalLMOutput, SparseVLMModelOutput, routing_columns
 from sparsevlm.model.sparse import MoePreTrainedModel
+from sparsevlm.model.visual import VisualMixin, read_items
 from sparsevlm.moe.block import install_moe
 from sparsevlm.moe.groups import Settings, router_groups
 from sparsevlm.moe.losses import add_routing_losses, wants_losses
 from sparsevlm.moe.padding import leave_out_padding, padding_mask
 from sparsevlm.moe.router import collect_routing, mark_initialized
-from sparsevlm.vision.encoder import default_image_size, encode_frames, feature_dim, output_grid
-from sparsevlm.vision.frames import encoding, frame_positions
-from sparsevlm.vision.tokens import MEDIA_KINDS, Grid, MediaKind, VisualTokens
+from sparsevlm.vision.encoder import feature_dim
 
 attention.register()
 
@@ -59,7 +58,7 @@ def build_connector(config: SparseVLMConfig) -> nn.ModuleList:
     return nn.ModuleList(spec.build(dim, text_dim) for spec, dim in zip(specs, dims, strict=False))
 
 
-class SparseVLMModel(SparseVLMPreTrainedModel):
+class SparseVLMModel(VisualMixin, SparseVLMPreTrainedModel):
     """Vision tower, connector and decoder, without a language-model head."""
 
     def __init__(self, config: SparseVLMConfig) -> None:
@@ -84,59 +83,6 @@ class SparseVLMModel(SparseVLMPreTrainedModel):
         """Replace the language model's token embedding."""
         self.language_model.set_input_embeddings(value)
 
-    def encode_media(
-        self, pixel_values: Tensor, grids: Sequence[Grid], kinds: Sequence[MediaKind], owners: Sequence[int]
-    ) -> VisualTokens:
-        """Run the vision tower and the connector.
-
-        Args:
-            pixel_values: ``(F, 3, height, width)``, frames of all items in order.
-            grids: Tower grid of each item.
-            kinds: Media kind of each item.
-            owners: Sample that each item belongs to.
-
-        Returns:
-            The visual tokens, ``(N, H)``.
-        """
-        frozen = not any(parameter.requires_grad for parameter in self.vision_tower.parameters())
-        grad = torch.set_grad_enabled(torch.is_grad_enabled() and not frozen)
-        with grad, encoding(frame_positions(grids, kinds, owners)):
-            features = encode_frames(
-                self.vision_tower,
-                pixel_values,
-                layer=self.config.vision_feature_layer,
-                select=self.config.vision_feature_select,
-            )  # (F, h * w, D)
-        tokens = VisualTokens(features.flatten(0, 1), tuple(grids), tuple(kinds), tuple(owners))
-        for block in self.connector:
-            tokens = block(tokens)
-        return tokens
-
-    def _touch_vision(self, inputs_embeds: Tensor) -> Tensor:
-        """Give a text-only training batch a zero-weighted path through tower and connector.
-
-        Without it, ranks of a sharded run disagree on which parameters take part in a step and hang (ZeRO-3) or abort.
-        """
-        config = self.config
-        size = config.image_size or default_image_size(config.vision_config)
-        h, w = output_grid(config.vision_config, size, config.vision_feature_layer, config.vision_feature_select)
-        dtype = next(self.vision_tower.parameters()).dtype
-        pixels = torch.zeros(1, 3, size, size, dtype=dtype, device=inputs_embeds.device)
-        tokens = self.encode_media(pixels, [Grid(1, h, w)], [MediaKind.IMAGE], [0])
-        return inputs_embeds + 0.0 * tokens.features.sum().to(inputs_embeds.dtype)
-
-    def _write_media(self, input_ids: Tensor, inputs_embeds: Tensor, tokens: VisualTokens) -> Tensor:
-        """Write visual features over their placeholders, in reading order."""
-        mask = (input_ids == self.config.image_token_id) | (input_ids == self.config.video_token_id)  # (B, T)
-        placeholders = int(mask.sum())
-        if placeholders != tokens.features.shape[0]:
-            raise ValueError(
-                f"the prompt holds {placeholders} visual placeholders but the media give {tokens.features.shape[0]} "
-                f"visual tokens ({len(tokens)} items: {tokens.lengths[:16]}); encode prompts with SparseVLMProcessor"
-            )
-        features = tokens.features.to(inputs_embeds.device, inputs_embeds.dtype)
-        return inputs_embeds.masked_scatter(mask.unsqueeze(-1), features)
-
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -144,6 +90,7 @@ class SparseVLMModel(SparseVLMPreTrainedModel):
         image_grid_thw: Tensor | None = None,
         media_kinds: Tensor | None = None,
         media_owners: Tensor | None = None,
+        media_places: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -160,6 +107,7 @@ class SparseVLMModel(SparseVLMPreTrainedModel):
             image_grid_thw: ``(I, 3)`` tower grid of each item.
             media_kinds: ``(I,)`` index into `MEDIA_KINDS`; default image.
             media_owners: ``(I,)`` document of each item; default 0, 1, 2, ….
+            media_places: ``(I, 7)`` medium of each item and its `Place`; default: each item is a medium.
             attention_mask: ``(B, T)``, or None for packed rows.
             position_ids: ``(B, T)``; restarts at every document of a packed row.
             past_key_values: Cache.
@@ -178,18 +126,12 @@ class SparseVLMModel(SparseVLMPreTrainedModel):
         if pixel_values is not None:
             if input_ids is None or image_grid_thw is None:
                 raise ValueError("pixel_values need input_ids (to find their places) and image_grid_thw")
-            grids = [Grid(*row) for row in image_grid_thw.tolist()]
-            kinds = (
-                [MEDIA_KINDS[i] for i in media_kinds.tolist()]
-                if media_kinds is not None
-                else [MediaKind.IMAGE] * len(grids)
-            )
-            owners = media_owners.tolist() if media_owners is not None else range(len(grids))
-            tokens = self.encode_media(pixel_values, grids, kinds, tuple(owners))
+            items = read_items(image_grid_thw, media_kinds, media_owners, media_places)
+            tokens = self.encode_media(pixel_values, *items)
             image_hidden_states = tokens.features
-            inputs_embeds = self._write_media(input_ids, inputs_embeds, tokens)
+            inputs_embeds = self.write_media(input_ids, inputs_embeds, tokens)
         elif self.training and torch.is_grad_enabled():
-            inputs_embeds = self._touch_vision(inputs_embeds)
+            inputs_embeds = self.touch_vision(inputs_embeds)
 
         packed = kwargs.get("cu_seq_lens_q") is not None
         if packed and past_key_values is not None:
@@ -260,6 +202,7 @@ class SparseVLMForConditionalGeneration(SparseVLMPreTrainedModel, GenerationMixi
         image_grid_thw: Tensor | None = None,
         media_kinds: Tensor | None = None,
         media_owners: Tensor | None = None,
+        media_places: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -279,6 +222,7 @@ class SparseVLMForConditionalGeneration(SparseVLMPreTrainedModel, GenerationMixi
             image_grid_thw: As there.
             media_kinds: As there.
             media_owners: As there.
+            media_places: As there.
             attention_mask: As there.
             position_ids: As there.
             past_key_values: As there.
@@ -300,6 +244,7 @@ class SparseVLMForConditionalGeneration(SparseVLMPreTrainedModel, GenerationMixi
             image_grid_thw=image_grid_thw,
             media_kinds=media_kinds,
             media_owners=media_owners,
+            media_places=media_places,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,

@@ -18,13 +18,18 @@ from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 from transformers.image_utils import load_image as load_any_image
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from sparsevlm.connectors.base import connector_grid, parse_connector
-from sparsevlm.data.media import VideoPolicy, count_frames, load_image, load_video
+from sparsevlm.connectors.base import connector_items, parse_connector
+from sparsevlm.data.collate import describe_items
+from sparsevlm.data.media import VideoPolicy, count_frames, image_size, load_image, load_video
 from sparsevlm.data.sample import IGNORE_INDEX, BadSampleError, Encoded, Media, Sample
 from sparsevlm.model.configuration_sparsevlm import SparseVLMConfig
-from sparsevlm.model.layout import Item, Tokens, expand, truncate
-from sparsevlm.vision.preprocess import ImageSpec, preprocess_frames, tower_grid
-from sparsevlm.vision.tokens import MEDIA_KINDS, MediaKind
+from sparsevlm.model.generation import MEDIA_INPUTS
+from sparsevlm.model.layout import Medium, Tokens, expand, truncate
+from sparsevlm.vision.preprocess import ImageSpec, preprocess_frames, preprocess_picture, tower_items
+from sparsevlm.vision.tokens import MediaKind
+
+Extent = tuple[int, tuple[int, int] | None]
+"""Frames of a medium, and the size ``(width, height)`` of a picture where counts depend on it."""
 
 GENERATION_MARKER = "generation"
 
@@ -71,19 +76,21 @@ class SparseVLMProcessor(ProcessorMixin):
 
     # ---- counting -----------------------------------------------------------------------------------------------
 
-    def item(self, kind: MediaKind, num_frames: int = 1) -> Item:
-        """Return the grids of one visual item, from arithmetic alone.
+    def medium(self, kind: MediaKind, num_frames: int = 1, size: tuple[int, int] | None = None) -> Medium:
+        """Return the items of one medium and its tokens, from arithmetic alone.
 
         Args:
             kind: Media kind.
             num_frames: Frames of a video, views of a scene.
+            size: ``(width, height)`` in pixels, where counts depend on it.
         """
-        grid = tower_grid(self.image_spec, num_frames)
+        shapes = tower_items(self.image_spec, kind, num_frames, size)
         placeholder = self.video_token_id if kind is MediaKind.VIDEO else self.image_token_id
-        return Item(kind, grid, connector_grid(self.block_specs, grid, kind).num_tokens, placeholder)
+        after = connector_items(self.block_specs, shapes)
+        return Medium(kind, tuple(shapes), placeholder, (sum(shape.grid.num_tokens for shape in after),))
 
     def count_visual(self, kind: MediaKind, num_frames: int = 1, size: tuple[int, int] | None = None) -> int:
-        """Return the visual tokens that one item puts into the prompt.
+        """Return the visual tokens that one medium puts into the prompt.
 
         Args:
             kind: Media kind.
@@ -92,7 +99,7 @@ class SparseVLMProcessor(ProcessorMixin):
         """
         if kind is MediaKind.VIDEO:
             num_frames = min(num_frames, self.video_policy.max_frames)
-        return self.item(kind, num_frames).num_tokens
+        return self.medium(kind, num_frames, size).num_tokens
 
     # ---- samples --------------------------------------------------------------------------------------------------
 
@@ -108,15 +115,15 @@ class SparseVLMProcessor(ProcessorMixin):
         """
         media = list(sample.media())
         frames = [self._read(item) for item in media]
-        tokens = self._layout(sample, [len(f) for f in frames], max_length)
-        kept = frames[: len(tokens.items)]
+        tokens = self._layout(sample, [self._extent(f) for f in frames], max_length)
+        kept = frames[: len(tokens.media)]
+        items = [shape._replace(medium=i) for i, medium in enumerate(tokens.media) for shape in medium.shapes]
         encoded = Encoded(
             input_ids=torch.tensor(tokens.ids, dtype=torch.long),
             labels=torch.tensor(tokens.labels, dtype=torch.long),
-            pixel_values=torch.cat([preprocess_frames(f, self.image_spec) for f in kept]) if kept else None,
-            grids=tuple(item.grid for item in tokens.items),
-            kinds=tuple(item.kind for item in tokens.items),
-            visual_lengths=tuple(item.num_tokens for item in tokens.items),
+            pixel_values=torch.cat(list(map(self._pixels, kept, tokens.media))) if kept else None,
+            items=tuple(items),
+            visual_lengths=tuple(medium.num_tokens for medium in tokens.media),
             sample_id=f"{sample.source}/{sample.id}" if sample.source else sample.id,
         )
         if encoded.num_targets == 0:
@@ -129,41 +136,40 @@ class SparseVLMProcessor(ProcessorMixin):
         Raises:
             BadSampleError: As `encode`, as far as headers tell.
         """
-        counts = [self._count(item) for item in sample.media()]
-        tokens = self._layout(sample, counts, max_length)
+        tokens = self._layout(sample, [self._measure(media) for media in sample.media()], max_length)
         if all(label == IGNORE_INDEX for label in tokens.labels[1:]):
             raise BadSampleError(_no_target(len(tokens.ids), max_length))
-        return len(tokens.ids), sum(item.num_tokens for item in tokens.items)
+        return len(tokens.ids), sum(medium.num_tokens for medium in tokens.media)
 
     def encode_prompts(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """Turn conversations that end with the user's turn into a left-padded batch for `generate`.
 
         Returns:
             ``input_ids`` and ``attention_mask`` ``(B, T)`` and, where there are media, ``pixel_values``
-            ``(F, 3, h, w)``, ``image_grid_thw`` ``(I, 3)``, ``media_kinds`` ``(I,)`` and ``media_owners`` ``(I,)`` (the
-            row of each item).
+            ``(F, 3, h, w)`` and what `Collator` says of the items, ``media_owners`` being the row of each.
         """
         rows, frames = [], []
         for sample in samples:
             read = [self._read(item) for item in sample.media()]
-            rows.append(self._layout(sample, [len(f) for f in read], None, add_generation_prompt=True))
+            extents = [self._extent(f) for f in read]
+            rows.append(self._layout(sample, extents, None, add_generation_prompt=True))
             frames.extend(read)
         return self._batch(rows, frames, padding_side="left")
 
     def _layout(
         self,
         sample: Sample,
-        frame_counts: Sequence[int],
+        extents: Sequence[Extent],
         max_length: int | None,
         add_generation_prompt: bool = False,
     ) -> Tokens:
-        """Tokenise a conversation and write each item's placeholders."""
+        """Tokenise a conversation and write each medium's placeholders."""
         messages = [
             {"role": message.role, "content": [_part(part) for part in message.content]} for message in sample.messages
         ]
         text, spans = self._render(messages, add_generation_prompt)
-        items = [self.item(m.kind, n) for m, n in zip(sample.media(), frame_counts, strict=True)]
-        return truncate(self._tokenise(text, spans, items), max_length)
+        media = [self.medium(m.kind, *extent) for m, extent in zip(sample.media(), extents, strict=True)]
+        return truncate(self._tokenise(text, spans, media), max_length)
 
     def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> tuple[str, list[tuple[int, int]]]:
         """Render the chat template; return the text and the character spans that the assistant speaks."""
@@ -182,27 +188,41 @@ class SparseVLMProcessor(ProcessorMixin):
         )
         return rendered[0], [(int(a), int(b)) for a, b in spans[0]]
 
-    def _tokenise(self, text: str, spans: Iterable[tuple[int, int]], items: Sequence[Item]) -> Tokens:
+    def _tokenise(self, text: str, spans: Iterable[tuple[int, int]], media: Sequence[Medium]) -> Tokens:
         """Tokenise rendered text, mark targets by offsets and expand the placeholders."""
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return expand(encoding["input_ids"], encoding["offset_mapping"], list(spans), items, self._placeholders())
+        return expand(encoding["input_ids"], encoding["offset_mapping"], list(spans), media, self._placeholders())
 
     def _placeholders(self) -> dict[int, str]:
         return {self.image_token_id: self.image_token, self.video_token_id: self.video_token}
 
     def _read(self, media: Media) -> Sequence[Any]:
-        """Return the frames of one item."""
+        """Return the frames of one medium."""
         if media.kind is MediaKind.VIDEO:
             return load_video(media, self.video_policy)[0]
         if media.kind is MediaKind.MULTI_VIEW:
             return [load_image(Media(MediaKind.IMAGE, view)) for view in media.source]
         return [load_image(media)]
 
-    def _count(self, media: Media) -> int:
-        """Return the number of frames of one item without decoding it."""
+    def _pixels(self, frames: Sequence[Any], medium: Medium) -> Tensor:
+        """Return what the tower gets of one medium."""
+        if medium.kind is MediaKind.IMAGE:
+            return preprocess_picture(frames[0], self.image_spec)
+        return preprocess_frames(frames, self.image_spec)
+
+    def _extent(self, frames: Sequence[Any]) -> Extent:
+        """Return what frames that were read count as."""
+        first = frames[0]
+        size = first.size if isinstance(first, Image.Image) else (first.shape[1], first.shape[0])
+        return len(frames), size if self.image_spec.needs_size else None
+
+    def _measure(self, media: Media) -> Extent:
+        """Return the same without decoding."""
         if media.kind is MediaKind.VIDEO:
-            return count_frames(media, self.video_policy)
-        return len(media.source) if media.kind is MediaKind.MULTI_VIEW else 1
+            return count_frames(media, self.video_policy), None
+        if media.kind is MediaKind.MULTI_VIEW:
+            return len(media.source), None
+        return 1, image_size(media) if self.image_spec.needs_size else None
 
     def _batch(self, rows: Sequence[Tokens], frames: Sequence[Sequence[Any]], padding_side: str) -> dict[str, Tensor]:
         width = max(len(row.ids) for row in rows)
@@ -214,12 +234,13 @@ class SparseVLMProcessor(ProcessorMixin):
             input_ids[i, where] = torch.tensor(row.ids, dtype=torch.long)
             attention_mask[i, where] = 1
         batch = {"input_ids": input_ids, "attention_mask": attention_mask}
-        items = [(i, item) for i, row in enumerate(rows) for item in row.items]
-        if items:
-            batch["pixel_values"] = torch.cat([preprocess_frames(f, self.image_spec) for f in frames])
-            batch["image_grid_thw"] = torch.tensor([tuple(item.grid) for _, item in items], dtype=torch.long)
-            batch["media_kinds"] = torch.tensor([MEDIA_KINDS.index(item.kind) for _, item in items])
-            batch["media_owners"] = torch.tensor([owner for owner, _ in items])
+        items = [
+            [shape._replace(medium=i) for i, medium in enumerate(row.media) for shape in medium.shapes] for row in rows
+        ]
+        if any(items):
+            media = [medium for row in rows for medium in row.media]
+            batch["pixel_values"] = torch.cat(list(map(self._pixels, frames, media)))
+            batch |= describe_items(items)
         return batch
 
     # ---- the interface of transformers ---------------------------------------------------------------------------
@@ -263,7 +284,7 @@ class SparseVLMProcessor(ProcessorMixin):
         for prompt in texts:
             sources = {self.image_token_id: iter(next(batch_images)), self.video_token_id: iter(next(batch_videos))}
             encoding = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
-            items = []
+            media = []
             for token in encoding["input_ids"]:
                 if token in sources:
                     kind = MediaKind.VIDEO if token == self.video_token_id else MediaKind.IMAGE
@@ -272,8 +293,8 @@ class SparseVLMProcessor(ProcessorMixin):
                     if kind is MediaKind.VIDEO and isinstance(source, str):
                         source = Path(source)
                     frames.append(self._read(Media(kind, source)))
-                    items.append(self.item(kind, len(frames[-1])))
-            rows.append(expand(encoding["input_ids"], encoding["offset_mapping"], [], items, self._placeholders()))
+                    media.append(self.medium(kind, *self._extent(frames[-1])))
+            rows.append(expand(encoding["input_ids"], encoding["offset_mapping"], [], media, self._placeholders()))
         data: dict[str, Any] = self._batch(rows, frames, padding_side or self.tokenizer.padding_side)
         if return_offsets_mapping:
             width = data["input_ids"].shape[1]
@@ -295,7 +316,7 @@ class SparseVLMProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         """Names of the tensors that the model takes."""
-        return ["input_ids", "attention_mask", "pixel_values", "image_grid_thw", "media_kinds", "media_owners"]
+        return ["input_ids", "attention_mask", *MEDIA_INPUTS]
 
 
 def _single_id(tokenizer: Any, token: str) -> int:

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from sparsevlm.recipe.section import CrossFault, Positive, Strict, nested_error, number
+from sparsevlm.recipe.tiling import Tiling
 from sparsevlm.registry import CONNECTOR_BLOCKS, UnknownNameError
 
 
@@ -44,6 +45,8 @@ class Vision(Strict):
     resize: Literal["stretch", "crop", "pad"] = "pad"
     """`stretch` ignores the aspect ratio, `crop` resizes the short side and cuts the centre, `pad` resizes the long
     side and fills to a square with the mean colour."""
+    tiling: Tiling | None = None
+    """Cut pictures into several frames; default: one frame a picture."""
     mean: tuple[float, float, float] | None = None
     """Channel means; default: the tower's preprocessor file, else its config, else 0.5."""
     std: tuple[Positive, Positive, Positive] | None = None

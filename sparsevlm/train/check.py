@@ -12,7 +12,7 @@ import torch
 
 from sparsevlm.adapters.attach import attach, detach, has_adapter
 from sparsevlm.adapters.targets import TargetError
-from sparsevlm.connectors.base import connector_grid, parse_connector
+from sparsevlm.connectors.base import connector_items, parse_connector
 from sparsevlm.model.attention import PACKED_SDPA, supports_packed_sdpa
 from sparsevlm.model.build import build_config, chat_template, packs_for_free, part_config, resolve_part
 from sparsevlm.model.configuration_sparsevlm import SparseVLMConfig
@@ -24,7 +24,8 @@ from sparsevlm.recipe.section import OptionPath
 from sparsevlm.train.flops import Shape
 from sparsevlm.train.parts import select_trainable
 from sparsevlm.vision.encoder import default_image_size, feature_dim, output_grid, vision_subconfig
-from sparsevlm.vision.tokens import Grid, MediaKind
+from sparsevlm.vision.preprocess import ImageSpec, tower_items
+from sparsevlm.vision.tokens import Grid, ItemShape, MediaKind
 
 _MEDIUM = re.compile(r"(?:(?P<frames>[1-9]\d*)f@)?(?P<width>[1-9]\d*)x(?P<height>[1-9]\d*)")
 
@@ -65,10 +66,15 @@ def frames_of(recipe: Recipe, medium: Medium) -> int:
     return min(medium.frames, recipe.model.video.max_frames) if medium.kind is MediaKind.VIDEO else 1
 
 
-def count_visual(recipe: Recipe, grid: tuple[int, int], medium: Medium) -> int:
+def items_of(recipe: Recipe, spec: ImageSpec, medium: Medium) -> list[ItemShape]:
+    """Return the items of a medium as they leave the tower."""
+    return tower_items(spec, medium.kind, frames_of(recipe, medium), medium.size)
+
+
+def count_visual(recipe: Recipe, spec: ImageSpec, medium: Medium) -> int:
     """Return the visual tokens of a medium, as the processor counts them."""
-    specs = parse_connector(recipe.model.connector)
-    return connector_grid(specs, Grid(frames_of(recipe, medium), *grid), medium.kind).num_tokens
+    after = connector_items(parse_connector(recipe.model.connector), items_of(recipe, spec, medium))
+    return sum(item.grid.num_tokens for item in after)
 
 
 @dataclass
@@ -162,8 +168,11 @@ class ModelCheck:
         """Return the side that pictures are brought to."""
         return self.recipe.model.vision.image_size or default_image_size(config.vision_config)  # pyright: ignore
 
-    def grid(self, config: SparseVLMConfig) -> tuple[int, int]:
-        """Return the tower's grid, having followed it and its width through the connector."""
+    def pictures(self, config: SparseVLMConfig) -> ImageSpec:
+        """Return what pictures become in the tower, having followed its grid and width through the connector.
+
+        Only counts are read off it, so its colours are made up.
+        """
         model = self.recipe.model
         tower: Any = config.vision_config
         layer, select = config.vision_feature_layer, config.vision_feature_select
@@ -189,7 +198,9 @@ class ModelCheck:
                 )
         if self.faults:
             raise RecipeError(self.faults)
-        return h, w
+        vision = model.vision
+        side = self.image_size(config)
+        return ImageSpec(side, vision.resize, (0.0,) * 3, (1.0,) * 3, (h, w), tiling=vision.tiling)  # pyright: ignore
 
     def surroundings(self) -> None:
         """Note what is not here: a plan is often made before the data, and on another machine than the run."""
@@ -269,9 +280,7 @@ class ModelCheck:
                 )
         return isolates and packs_for_free(attention)
 
-    def shape(
-        self, name: str, stage: Stage, grid: tuple[int, int], medium: Medium, packable: bool, world: int
-    ) -> Shape:
+    def shape(self, name: str, stage: Stage, pictures: ImageSpec, medium: Medium, packable: bool, world: int) -> Shape:
         """Return the size of a step, checking that a picture fits into a row.
 
         A row is taken to hold as many of `medium` as its visual budget allows when packing, else one: an upper bound
@@ -282,18 +291,19 @@ class ModelCheck:
         if batch.rows % (batch.rows_per_rank * world):
             self.fault((*at, "rows"), f"{batch.rows} rows cannot be divided over {world} x {batch.rows_per_rank} rows")
         budget = min(batch.max_visual_tokens or batch.max_length, batch.max_length)
-        picture = count_visual(self.recipe, grid, parse_medium("1x1"))
+        picture = count_visual(self.recipe, pictures, parse_medium("1x1"))
         if picture >= budget:
             option = "max_visual_tokens" if batch.max_visual_tokens and budget < batch.max_length else "max_length"
             self.fault((*at, option), f"a picture alone takes {picture} tokens; no sample with one fits into {budget}")
-        specs, each = parse_connector(self.recipe.model.connector), Grid(frames_of(self.recipe, medium), *grid)
-        steps = [connector_grid(specs[: i + 1], each, medium.kind).num_tokens for i in range(len(specs))]
+        specs, items = parse_connector(self.recipe.model.connector), items_of(self.recipe, pictures, medium)
+        after = [connector_items(specs[: i + 1], items) for i in range(len(specs))]
+        steps = [sum(item.grid.num_tokens for item in each) for each in after]
         packing = packable if batch.packing == "auto" else batch.packing
         held = max(1, budget // steps[-1]) if packing else 1
         return Shape(
             rows=batch.rows,
             rows_per_rank=batch.rows_per_rank,
             row_tokens=batch.max_length,
-            row_frames=held * each.t,
+            row_frames=held * sum(item.grid.t for item in items),
             block_tokens=tuple(held * tokens for tokens in steps),
         )

@@ -47,7 +47,7 @@ def plan(recipe: Recipe, media: Sequence[str] = (), *, world: int = 1) -> dict[s
     counted = [parse_medium(text) for text in media or DEFAULT_MEDIA]
     check = ModelCheck(recipe)
     config = check.config()
-    grid = check.grid(config)
+    pictures = check.pictures(config)
     check.surroundings()
     check.faults += [*find_faults(recipe, world), *find_model_faults(recipe, world)]
     with torch.device("meta"):
@@ -63,8 +63,8 @@ def plan(recipe: Recipe, media: Sequence[str] = (), *, world: int = 1) -> dict[s
         if stage.adapter is not None or adapted:  # the tower may carry an adapter now, or no longer
             tower = measure_tower(model, check.image_size(config))
         adapted = stage.adapter is not None
-        tokens = {medium.name: count_visual(recipe, grid, medium) for medium in counted}
-        shape = check.shape(name, stage, grid, counted[0], packable, world)
+        tokens = {medium.name: count_visual(recipe, pictures, medium) for medium in counted}
+        shape = check.shape(name, stage, pictures, counted[0], packable, world)
         stages.append(_describe(model, tower, recipe, name, stage, shape, tokens, world))
     if check.faults:
         raise RecipeError(check.faults)

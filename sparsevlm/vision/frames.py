@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 from sparsevlm.vision.tokens import Grid, MediaKind
 
@@ -19,13 +20,14 @@ WHOLE = -1
 _POSITIONS: ContextVar[tuple[int, ...] | None] = ContextVar("sparsevlm_frame_positions", default=None)
 
 
-def frame_positions(grids: Sequence[Grid], kinds: Sequence[MediaKind], owners: Sequence[int]) -> tuple[int, ...]:
+def frame_positions(grids: Sequence[Grid], kinds: Sequence[MediaKind], owners: Sequence[Any]) -> tuple[int, ...]:
     """Return the position of each frame, ``(F,)``.
 
     - A picture (image) is `WHOLE`, and so is the global view of a picture that is cut up, which is an image item.
     - Frames of a video and views count from 0 within their item.
-    - Slices count from 0 within their picture: over slice items of one owner that follow each other, until an item of
-      another kind (the global view) ends the picture. One item may hold one slice or all of them.
+    - Slices count from 0 within their picture: over slice items of one owner (a picture, or where nothing names it a
+      sample) that follow each other, until an item of another kind (the global view) ends the picture. One item may
+      hold one slice or all of them.
     """
     positions: list[int] = []
     run, last = 0, None

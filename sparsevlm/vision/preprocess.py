@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import TypeAdapter
 from torch import Tensor
 
+from sparsevlm.recipe.tiling import Tiling
 from sparsevlm.vision.encoder import Layer, Select, default_image_size, output_grid, timm_pretrained_cfg
-from sparsevlm.vision.tokens import Grid
+from sparsevlm.vision.tokens import Grid, ItemShape, MediaKind
+from sparsevlm.vision.views import Size, View, picture_views
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -43,6 +46,7 @@ class ImageSpec:
         std: Channel standard deviations.
         patch_grid: ``(h, w)`` tokens that the tower gives for a frame.
         interpolation: Filter of the resize; always antialiased.
+        tiling: How pictures are cut into several frames; None: one frame a picture. Videos and views are never cut.
     """
 
     image_size: int
@@ -51,8 +55,11 @@ class ImageSpec:
     std: tuple[float, float, float]
     patch_grid: tuple[int, int]
     interpolation: str = "bicubic"
+    tiling: Tiling | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.tiling, Mapping):  # from JSON
+            object.__setattr__(self, "tiling", TypeAdapter(Tiling).validate_python(self.tiling))
         for name in ("mean", "std", "patch_grid"):  # lists after a trip through JSON
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.resize not in ("stretch", "crop", "pad"):
@@ -66,7 +73,13 @@ class ImageSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return plain | {"tiling": None if self.tiling is None else self.tiling.model_dump(mode="json")}
+
+    @property
+    def needs_size(self) -> bool:
+        """Whether the number of a picture's tokens depends on its size."""
+        return self.tiling is not None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ImageSpec:
@@ -83,6 +96,7 @@ def image_spec_from_config(
     std: Sequence[float] | None = None,
     layer: Layer = -1,
     select: Select = "patch",
+    tiling: Tiling | None = None,
 ) -> ImageSpec:
     """Gather what a tower expects of its pictures.
 
@@ -99,6 +113,7 @@ def image_spec_from_config(
         std: Channel standard deviations.
         layer: Hidden layer(s) that features are taken from; decides the grid of a CNN.
         select: ``full`` keeps prefix tokens and with them gives up the grid, see `encoder.output_grid`.
+        tiling: See `ImageSpec`.
 
     Raises:
         ValueError: No image size is known, or the tower cannot take it.
@@ -125,6 +140,7 @@ def image_spec_from_config(
         std=_channels(std, 1.0 if plain else stated.get("image_std"), timm_cfg.get("std"), 0.5),
         patch_grid=output_grid(vision_config, image_size, layer, select),
         interpolation=interpolation if interpolation in _FILTERS else "bicubic",
+        tiling=tiling,
     )
 
 
@@ -153,9 +169,54 @@ def preprocess_frames(frames: Sequence[Image.Image | np.ndarray], spec: ImageSpe
     return pixels
 
 
-def tower_grid(spec: ImageSpec, num_frames: int) -> Grid:
-    """Return the grid of an item of so many frames as it leaves the tower."""
-    return Grid(num_frames, *spec.patch_grid)
+def preprocess_picture(picture: Image.Image | np.ndarray, spec: ImageSpec) -> Tensor:
+    """Return all frames of a picture, ``(F, 3, S, S)``, as `tower_items` counts them."""
+    if spec.tiling is None:
+        return preprocess_frames([picture], spec)
+    picture = _to_picture(picture)
+    frames, resized = [], {picture.size: picture}
+    for view in picture_views(spec.tiling, spec.image_size, picture.size):
+        if view.size not in resized:
+            resized[view.size] = picture.resize(view.size, _FILTERS[spec.interpolation])
+        frames.append(_normalise(_cut(resized[view.size], view), view, spec))
+    return torch.stack(frames)
+
+
+def tower_items(spec: ImageSpec, kind: MediaKind, num_frames: int = 1, size: Size | None = None) -> list[ItemShape]:
+    """Return the items of one medium as they leave the tower.
+
+    Args:
+        spec: How pictures become frames.
+        kind: Of the medium.
+        num_frames: Frames of a video, views of a scene.
+        size: ``(width, height)`` of a picture; needed where `needs_size`.
+
+    Raises:
+        ValueError: The size is needed and not there.
+    """
+    if spec.tiling is None or kind is not MediaKind.IMAGE:
+        return [ItemShape(Grid(num_frames, *spec.patch_grid), kind)]
+    if size is None:
+        raise ValueError("the tokens of a picture depend on its size here: give it as (width, height)")
+    views = picture_views(spec.tiling, spec.image_size, size)
+    return [ItemShape(Grid(1, *spec.patch_grid), view.kind, 0, view.place) for view in views]
+
+
+def _cut(picture: Image.Image, view: View) -> tuple[np.ndarray, int, int]:
+    """Return the pixels that a view shows, and where on its frame they go (top, left)."""
+    (left, top), (width, height) = view.corner, view.frame
+    box = max(left, 0), max(top, 0), min(left + width, picture.width), min(top + height, picture.height)
+    return np.array(picture.crop(box)), max(-top, 0), max(-left, 0)
+
+
+def _normalise(cut: tuple[np.ndarray, int, int], view: View, spec: ImageSpec) -> Tensor:
+    """Put pixels on a frame of the mean colour, ``(3, height, width)``."""
+    canvas = torch.zeros(3, view.frame[1], view.frame[0])
+    pixels, top, left = cut
+    mean, std = torch.tensor(spec.mean).view(3, 1, 1), torch.tensor(spec.std).view(3, 1, 1)
+    patch = torch.from_numpy(pixels).permute(2, 0, 1).to(torch.float32).div_(255).sub_(mean).div_(std)
+    canvas[:, top : top + patch.shape[1], left : left + patch.shape[2]] = patch
+    return canvas
 
 
 def _to_picture(frame: Image.Image | np.ndarray) -> Image.Image:

@@ -11,7 +11,7 @@ import torch
 from sparsevlm.data.media import VideoPolicy, count_frames, load_image, load_video
 from sparsevlm.data.sample import IGNORE_INDEX, BadSampleError, Encoded, Sample
 from sparsevlm.recipe.schema import Source, Stage
-from sparsevlm.vision.tokens import Grid, MediaKind
+from sparsevlm.vision.tokens import Grid, ItemShape, MediaKind
 
 PICTURE_TOKENS = 8
 POLICY = VideoPolicy(fps=None, max_frames=4)
@@ -30,7 +30,8 @@ def measure(sample: Sample, max_length: int | None = None) -> tuple[int, int]:
 
 
 def encode(sample: Sample, max_length: int | None = None) -> Encoded:
-    ids, labels, pixels, grids, kinds, lengths = [], [], [], [], [], []
+    ids, labels = [], []
+    pixels, items, lengths = [], [], []
     for message in sample.messages:
         for part in message.content:
             if isinstance(part, str):
@@ -44,8 +45,7 @@ def encode(sample: Sample, max_length: int | None = None) -> Encoded:
             else:
                 frames, length = [load_image(part)], PICTURE_TOKENS
             pixels += [torch.zeros(3, 2, 2) for _ in frames]
-            grids.append(Grid(len(frames), 1, 1))
-            kinds.append(part.kind)
+            items.append(ItemShape(Grid(len(frames), 1, 1), part.kind, len(items)))
             lengths.append(length)
             ids += [1] * length
             labels += [IGNORE_INDEX] * length
@@ -53,8 +53,7 @@ def encode(sample: Sample, max_length: int | None = None) -> Encoded:
         torch.tensor(ids[:max_length]),
         torch.tensor(labels[:max_length]),
         torch.stack(pixels) if pixels else None,
-        tuple(grids),
-        tuple(kinds),
+        tuple(items),
         tuple(lengths),
         sample_id=f"{sample.source}/{sample.id}",
     )

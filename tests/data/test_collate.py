@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sparsevlm.data.collate import Collator
 from sparsevlm.data.sample import IGNORE_INDEX, Encoded
-from sparsevlm.vision.tokens import MEDIA_KINDS, Grid, MediaKind
+from sparsevlm.vision.tokens import MEDIA_KINDS, Grid, ItemShape, MediaKind
 
 PAD = 99
 
@@ -22,8 +22,9 @@ def document(length: int, frames: tuple[int, ...] = (), seed: int = 0) -> Encode
         input_ids=torch.randint(0, 50, (length,), generator=random),
         labels=labels.where(torch.rand(length, generator=random) < 0.5, IGNORE_INDEX),
         pixel_values=torch.rand(sum(frames), 3, 2, 2, generator=random) if frames else None,
-        grids=tuple(Grid(t, 1, 1) for t in frames),
-        kinds=tuple(MediaKind.IMAGE if t == 1 else MediaKind.VIDEO for t in frames),
+        items=tuple(
+            ItemShape(Grid(t, 1, 1), MediaKind.IMAGE if t == 1 else MediaKind.VIDEO, i) for i, t in enumerate(frames)
+        ),
         visual_lengths=tuple(frames),
     )
 

@@ -7,15 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsevlm.data.sample import IGNORE_INDEX, BadSampleError
-from sparsevlm.model.layout import Item, Tokens, expand, truncate
-from sparsevlm.vision.tokens import Grid, MediaKind
+from sparsevlm.model.layout import Medium, Tokens, expand, truncate
+from sparsevlm.vision.tokens import Grid, ItemShape, MediaKind
 
 IMAGE, VIDEO = 90, 91
 NAMES = {IMAGE: "<image>", VIDEO: "<video>"}
 
 
-def item(n: int, kind: MediaKind = MediaKind.IMAGE) -> Item:
-    return Item(kind, Grid(1, 1, n), n, IMAGE if kind is MediaKind.IMAGE else VIDEO)
+def item(n: int, kind: MediaKind = MediaKind.IMAGE) -> Medium:
+    shape = ItemShape(Grid(1, 1, n), kind)
+    return Medium(kind, (shape,), IMAGE if kind is MediaKind.IMAGE else VIDEO, (n,))
 
 
 def test_expansion_by_hand() -> None:
@@ -35,7 +36,7 @@ def test_expansion_by_hand() -> None:
     ("ids", "items"),
     [([1, IMAGE], []), ([1], [item(2)]), ([IMAGE], [item(2, MediaKind.VIDEO)]), ([IMAGE, IMAGE], [item(1)])],
 )
-def test_wrong_placeholders_are_refused_with_both_counts(ids: list[int], items: list[Item]) -> None:
+def test_wrong_placeholders_are_refused_with_both_counts(ids: list[int], items: list[Medium]) -> None:
     with pytest.raises(
         BadSampleError, match=rf"{sum(i in NAMES for i in ids)} visual placeholders.*{len(items)} media"
     ):
@@ -56,11 +57,11 @@ def test_cuts_never_go_through_a_visual_block(parts: list, data: st.DataObject) 
     assert len(cut.ids) <= limit
     assert cut.ids == whole.ids[: len(cut.ids)]
     assert cut.labels == whole.labels[: len(cut.labels)]
-    assert sum(token in NAMES for token in cut.ids) == sum(i.num_tokens for i in cut.items)
+    assert sum(token in NAMES for token in cut.ids) == sum(i.num_tokens for i in cut.media)
     # Nothing was cut that would have fitted: what follows is the end, a token too many, or a block too large.
     if len(cut.ids) < min(limit, len(whole.ids)):
-        blocked = whole.items[len(cut.items)]
-        assert whole.starts[len(cut.items)] == len(cut.ids)
+        blocked = whole.media[len(cut.media)]
+        assert whole.starts[len(cut.media)] == len(cut.ids)
         assert len(cut.ids) + blocked.num_tokens > limit
 
 

@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, SiglipImageProcessorPil, TimmWrapperConfig
 
-from sparsevlm.vision.preprocess import ImageSpec, image_spec_from_config, preprocess_frames, tower_grid
-from sparsevlm.vision.tokens import Grid
+from sparsevlm.vision.preprocess import ImageSpec, image_spec_from_config, preprocess_frames, tower_items
+from sparsevlm.vision.tokens import Grid, ItemShape, MediaKind
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 CLIP = CLIPVisionConfig(
@@ -120,8 +120,8 @@ def test_spec_refuses_nonsense(change):
         ImageSpec(**{**spec("pad").to_dict(), **change})
 
 
-def test_tower_grid_counts_frames():
-    assert tower_grid(spec("pad"), 5) == Grid(5, 4, 4)
+def test_tower_items_count_frames():
+    assert tower_items(spec("pad"), MediaKind.VIDEO, 5) == [ItemShape(Grid(5, 4, 4), MediaKind.VIDEO)]
 
 
 def test_values_come_from_the_arguments_then_the_preprocessor_then_defaults():

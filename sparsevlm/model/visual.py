@@ -1,0 +1,96 @@
+"""What the model does with media: tower, connector, and visual features in the places of their placeholders.
+
+Legend: B rows, T tokens a row, H language width, F frames of all visual items together, I visual items, D tower width,
+N visual tokens after the connector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsevlm.vision.encoder import default_image_size, encode_frames, output_grid
+from sparsevlm.vision.frames import encoding, frame_positions
+from sparsevlm.vision.tokens import MEDIA_KINDS, NO_PLACE, Grid, Guides, ItemShape, MediaKind, Place, VisualTokens
+
+
+def read_items(
+    image_grid_thw: Tensor, media_kinds: Tensor | None, media_owners: Tensor | None, media_places: Tensor | None
+) -> tuple[list[ItemShape], tuple[int, ...]]:
+    """Return the visual items of a batch and the sample of each, from the tensors that `Collator` makes of them."""
+    grids = [Grid(*row) for row in image_grid_thw.tolist()]
+    kinds = [MediaKind.IMAGE] * len(grids) if media_kinds is None else [MEDIA_KINDS[i] for i in media_kinds.tolist()]
+    owners = range(len(grids)) if media_owners is None else media_owners.tolist()
+    media, places = range(len(grids)), [None] * len(grids)
+    if media_places is not None:
+        media, *_ = zip(*media_places.tolist(), strict=True)
+        read = [Place(*row[1:]) for row in media_places.tolist()]
+        places = [None if place == NO_PLACE else place for place in read]
+    return [ItemShape(*each) for each in zip(grids, kinds, media, places, strict=True)], tuple(owners)
+
+
+class VisualMixin:
+    """Of a model that has `config`, `vision_tower` and `connector`."""
+
+    config: Any
+    vision_tower: nn.Module
+    connector: nn.ModuleList
+
+    def encode_media(
+        self, pixel_values: Tensor, items: Sequence[ItemShape], owners: Sequence[int], guides: Guides | None = None
+    ) -> VisualTokens:
+        """Run the vision tower and the connector.
+
+        Args:
+            pixel_values: ``(F, 3, height, width)``, frames of all items in order.
+            items: The items as they leave the tower.
+            owners: Sample that each item belongs to.
+            guides: Texts for blocks that look at text.
+
+        Returns:
+            The visual tokens, ``(N, H)``.
+        """
+        frozen = not any(parameter.requires_grad for parameter in self.vision_tower.parameters())
+        # Slices count within their picture; where nothing says which picture, within their sample.
+        pictures = [(owner, item.medium if item.place else None) for item, owner in zip(items, owners)]
+        grids, kinds, media, places = zip(*items, strict=True)
+        grad = torch.set_grad_enabled(torch.is_grad_enabled() and not frozen)
+        with grad, encoding(frame_positions(grids, kinds, pictures)):
+            features = encode_frames(
+                self.vision_tower,
+                pixel_values,
+                layer=self.config.vision_feature_layer,
+                select=self.config.vision_feature_select,
+            )  # (F, h * w, D)
+        tokens = VisualTokens(features.flatten(0, 1), grids, kinds, tuple(owners), media, places, guides)
+        for block in self.connector:
+            tokens = block(tokens)
+        return tokens
+
+    def touch_vision(self, inputs_embeds: Tensor) -> Tensor:
+        """Give a text-only training batch a zero-weighted path through tower and connector.
+
+        Without it, ranks of a sharded run disagree on which parameters take part in a step and hang (ZeRO-3) or abort.
+        """
+        config = self.config
+        size = config.image_size or default_image_size(config.vision_config)
+        h, w = output_grid(config.vision_config, size, config.vision_feature_layer, config.vision_feature_select)
+        dtype = next(self.vision_tower.parameters()).dtype
+        pixels = torch.zeros(1, 3, size, size, dtype=dtype, device=inputs_embeds.device)
+        tokens = self.encode_media(pixels, [ItemShape(Grid(1, h, w), MediaKind.IMAGE)], [0])
+        return inputs_embeds + 0.0 * tokens.features.sum().to(inputs_embeds.dtype)
+
+    def write_media(self, input_ids: Tensor, inputs_embeds: Tensor, tokens: VisualTokens) -> Tensor:
+        """Write visual features over their placeholders, in reading order."""
+        mask = (input_ids == self.config.image_token_id) | (input_ids == self.config.video_token_id)  # (B, T)
+        placeholders = int(mask.sum())
+        if placeholders != tokens.features.shape[0]:
+            raise ValueError(
+                f"the prompt holds {placeholders} visual placeholders but the media give {tokens.features.shape[0]} "
+                f"visual tokens ({len(tokens)} items: {tokens.lengths[:16]}); encode prompts with SparseVLMProcessor"
+            )
+        features = tokens.features.to(inputs_embeds.device, inputs_embeds.dtype)
+        return inputs_embeds.masked_scatter(mask.unsqueeze(-1), features)
