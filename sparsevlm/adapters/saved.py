@@ -30,8 +30,9 @@ def weights_hash(directory: Path) -> str:
     """Return what tells the weights of a saved model from others, in time that does not grow with their size.
 
     The hash covers names, shapes, types and places of all tensors (the headers of the safetensors files) and the first
-    and the middle 4 KiB of each tensor. Training changes every tensor that it touches, so another run of the same
-    recipe differs; the headers alone would be equal.
+    and the middle 4 KiB of each tensor; of a stack, of each matrix in it, since adapters may change some experts only.
+    Training changes every tensor that it touches, so another run of the same recipe differs; the headers alone would
+    be equal.
 
     Raises:
         ValueError: The directory holds no weights in safetensors.
@@ -50,11 +51,19 @@ def weights_hash(directory: Path) -> str:
             header = handle.read(length)
             digest.update(header)
             tensors = [entry for key, entry in json.loads(header).items() if key != "__metadata__"]
-            for start, end in sorted(tuple(entry["data_offsets"]) for entry in tensors):
-                for offset in (start, start + (end - start) // 2):
+            for first, last in sorted(part for entry in tensors for part in _matrices(entry)):
+                for offset in (first, first + (last - first) // 2):
                     handle.seek(8 + length + offset)
-                    digest.update(handle.read(min(_SAMPLE, end - offset)))
+                    digest.update(handle.read(min(_SAMPLE, last - offset)))
     return digest.hexdigest()
+
+
+def _matrices(entry: dict[str, Any]) -> list[tuple[int, int]]:
+    """Return where the matrices of a stack begin and end in a file; a tensor of another kind is one part."""
+    start, end = entry["data_offsets"]
+    parts = entry["shape"][0] if len(entry["shape"]) == 3 else 1
+    size = (end - start) // max(parts, 1)
+    return [(start + i * size, start + (i + 1) * size) for i in range(parts)]
 
 
 QUANTISATION = "quantization"

@@ -230,3 +230,12 @@ def test_the_hash_sees_every_tensor(sparse: Any, tmp_path: Path) -> None:
         parameter.data /= 1.001
     with pytest.raises(ValueError, match="holds no model"):
         weights_hash(tmp_path)
+
+
+@pytest.mark.parametrize("expert", range(4))
+def test_the_hash_sees_every_expert_of_a_stack(sparse: Any, tmp_path: Path, expert: int) -> None:
+    # 'experts: [3]' and 'trains: [adapter]' leave a merged model that differs from its parent in expert 3 alone
+    sparse.save_pretrained(tmp_path / "parent")
+    sparse.model.language_model.layers[1].mlp.experts.down_proj.data[expert] *= 1.001
+    sparse.save_pretrained(tmp_path / "merged")
+    assert weights_hash(tmp_path / "merged") != weights_hash(tmp_path / "parent")
