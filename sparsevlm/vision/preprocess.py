@@ -206,14 +206,18 @@ def _cut(picture: Image.Image, view: View) -> tuple[np.ndarray, int, int]:
     """Return the pixels that a view shows, and where on its frame they go (top, left)."""
     (left, top), (width, height) = view.corner, view.frame
     box = max(left, 0), max(top, 0), min(left + width, picture.width), min(top + height, picture.height)
+    if box[0] >= box[2] or box[1] >= box[3]:  # a thin picture in the middle of a grid leaves outer squares empty
+        return np.zeros((0, 0, 3), np.uint8), 0, 0
     return np.array(picture.crop(box)), max(-top, 0), max(-left, 0)
 
 
 def _normalise(cut: tuple[np.ndarray, int, int], view: View, spec: ImageSpec) -> Tensor:
-    """Put pixels on a frame of the mean colour, ``(3, height, width)``."""
-    canvas = torch.zeros(3, view.frame[1], view.frame[0])
-    pixels, top, left = cut
+    """Put pixels on a frame of the mean colour or on black, ``(3, height, width)``."""
     mean, std = torch.tensor(spec.mean).view(3, 1, 1), torch.tensor(spec.std).view(3, 1, 1)
+    canvas = torch.zeros(3, view.frame[1], view.frame[0])  # 0 is the mean colour
+    if view.black:
+        canvas -= mean / std
+    pixels, top, left = cut
     patch = torch.from_numpy(pixels).permute(2, 0, 1).to(torch.float32).div_(255).sub_(mean).div_(std)
     canvas[:, top : top + patch.shape[1], left : left + patch.shape[2]] = patch
     return canvas
