@@ -265,7 +265,7 @@ def load_model(
         if settings is not None:
             quantise(model, settings)
             if dtype != "auto":
-                nn.Module.to(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+                cast_weights(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         load_adapter(model, adapter)
         return model.eval(), SparseVLMProcessor.from_pretrained(str(adapter))
     if base is not None:
@@ -284,6 +284,22 @@ def load_model(
     processor = SparseVLMProcessor.from_pretrained(str(path), revision=kwargs.get("revision") or "main")
     set_attention(model, attention)
     return model, processor
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Bring a model to a type in place, such that it is what loading its files in that type gives.
+
+    ``model.to(dtype)`` also rounds what no file holds: rotary frequencies, and in bfloat16 the positions of tokens by
+    up to 0.4 %.
+    """
+    kept = [
+        (module, name, module._buffers[name])
+        for module in model.modules()
+        for name in module._non_persistent_buffers_set
+    ]
+    nn.Module.to(model, dtype)
+    for module, name, buffer in kept:
+        module._buffers[name] = buffer
 
 
 def _adapter_directory(path: str | Path, revision: str | None) -> Path | None:

@@ -70,7 +70,7 @@ def start_model(recipe: Recipe, name: str, parent_dir: Path | None, console: Con
     from transformers import set_seed
 
     from sparsevlm.adapters.attach import detach
-    from sparsevlm.model.build import build_model, load_model, set_attention
+    from sparsevlm.model.build import build_model, cast_weights, load_model, set_attention
 
     upcycle = recipe.stages[name].upcycle
     adapted = parent_dir is not None and is_adapter(parent_dir)
@@ -89,7 +89,7 @@ def start_model(recipe: Recipe, name: str, parent_dir: Path | None, console: Con
     if upcycle is not None:
         _upcycle(model, processor, recipe, name, console)
     if upcycle is not None or adapted:
-        model.to(training_dtype(recipe))
+        cast_weights(model, training_dtype(recipe))
     return model, processor
 
 

@@ -270,3 +270,17 @@ def test_a_decoder_that_leaks_with_every_attention_is_not_packed(monkeypatch: py
     assert is_packed(packing("auto"), "s", model) is False
     with pytest.raises(ValueError, match=r"set packing: false$"):
         is_packed(packing(True), "s", model)
+
+
+def test_an_edited_bfloat16_model_is_what_loading_its_files_gives(tiny_parts: dict[str, str], tmp_path: Path) -> None:
+    # `.to(bfloat16)` rounds rotary frequencies too, which are in no file: the stage would train other positions
+    model, _ = start(recipe_of(tmp_path, tiny_parts, {}, dtype="bfloat16"))
+    model.save_pretrained(tmp_path / "saved")
+    loaded: Any = type(model).from_pretrained(tmp_path / "saved")
+    assert loaded.dtype == model.dtype == torch.bfloat16
+    buffers, want = dict(model.named_buffers()), dict(loaded.named_buffers())
+    assert any("inv_freq" in name for name in want)
+    assert buffers.keys() == want.keys()
+    for name, buffer in want.items():
+        assert buffers[name].dtype == buffer.dtype, name
+        assert torch.equal(buffers[name], buffer), name
