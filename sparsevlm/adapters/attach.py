@@ -66,7 +66,7 @@ class AdapterReport:
         each = ", ".join(f"{target} ({count})" for target, count in self.counts.items())
         stacked = f" and {len(self.parameters)} stacked weights" if self.parameters else ""
         quantised = f"; on {self.quantised.describe()}" if self.quantised else ""
-        return f"{self.type} on {len(self.modules)} layers{stacked}: {each}; {self.trainable:,} parameters{quantised}"
+        return f"{self.type} on {len(self.modules)} modules{stacked}: {each}; {self.trainable:,} parameters{quantised}"
 
 
 def has_adapter(model: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sparsevlm.adapters.attach import attach, detach, has_adapter
+from sparsevlm.adapters.attach import AdapterReport, attach, detach, has_adapter
 from sparsevlm.adapters.targets import TargetError
 from sparsevlm.connectors.base import connector_items, parse_connector
 from sparsevlm.model.attention import PACKED_SDPA, supports_packed_sdpa
@@ -84,6 +84,7 @@ class ModelCheck:
     recipe: Recipe
     faults: list[Fault] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    adapters: dict[str, AdapterReport] = field(default_factory=dict)
 
     def fault(self, path: OptionPath, message: object) -> None:
         """Enter a fault at the line of an option."""
@@ -245,7 +246,7 @@ class ModelCheck:
                 return False
         if stage.adapter is not None:
             try:
-                attach(model, stage.adapter)
+                self.adapters[name] = attach(model, stage.adapter)
             except TargetError as error:
                 targets = getattr(stage.adapter, "targets", [])
                 at = ("targets", targets.index(error.target)) if "targets" in stage.adapter.model_fields_set else ()

@@ -34,10 +34,11 @@ def plan(recipe: Recipe, media: Sequence[str] = (), *, world: int = 1) -> dict[s
         world: Ranks that the stages run on.
 
     Returns:
-        ``{"recipe", "stages": [{"name", "trains", "lr", "parameters": {"total", "trainable", "activated",
+        ``{"recipe", "stages": [{"name", "trains", "adapter", "lr", "parameters": {"total", "trainable", "activated",
         "language_model": {"total", "activated"}}, "visual_tokens": {medium: tokens}, "tokens_per_step",
-        "flops_per_step", "memory_per_rank_bytes", "memory"}], "hub", "notes"}``. `memory` divides the bytes by what
-        they hold (`host` comes on top); `hub` says what is uploaded, `notes` what could not be checked. Formulas:
+        "flops_per_step", "memory_per_rank_bytes", "memory"}], "hub", "notes"}``. `adapter` is None or the line that
+        training prints: what the targets match, and the adapter's parameters. `memory` divides the bytes by what they
+        hold (`host` comes on top); `hub` says what is uploaded, `notes` what could not be checked. Formulas:
         `sparsevlm.train.flops`.
 
     Raises:
@@ -65,7 +66,9 @@ def plan(recipe: Recipe, media: Sequence[str] = (), *, world: int = 1) -> dict[s
         adapted = stage.adapter is not None
         tokens = {medium.name: count_visual(recipe, pictures, medium) for medium in counted}
         shape = check.shape(name, stage, pictures, counted[0], packable, world)
-        stages.append(_describe(model, tower, recipe, name, stage, shape, tokens, world))
+        entry = _describe(model, tower, recipe, name, stage, shape, tokens, world)
+        attached = check.adapters.get(name)
+        stages.append(entry | {"adapter": attached.describe() if attached else None})
     if check.faults:
         raise RecipeError(check.faults)
     uploads = None if recipe.hub is None else describe_hub(recipe.hub, list(recipe.stages))
@@ -129,10 +132,16 @@ def print_plan(document: dict[str, Any], console: Any = None) -> None:
     for label, cells in rows:
         table.add_row(label, *cells)
     console.print(table)
+    for stage in stages:
+        if stage["adapter"] is not None:
+            trained = f"{stage['parameters']['trainable']:,} parameters train in all"
+            console.print(
+                f"{stage['name']}: {stage['adapter']}; {trained}", highlight=False, markup=False, soft_wrap=True
+            )
     if document["hub"] is not None:
-        console.print(f"hub: {document['hub']}", highlight=False, markup=False)
+        console.print(f"hub: {document['hub']}", highlight=False, markup=False, soft_wrap=True)
     for note in document["notes"]:
-        console.print(f"note: {note}", highlight=False, markup=False)
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _short(number: int) -> str:

@@ -120,7 +120,7 @@ def run_stage(
         adapted = attach(model, stage.adapter, seed=recipe.seed, start=begun)
         cast_adapter(model, args.deepspeed)
         if main:
-            console.print(f"{name}: {adapted.describe()}", highlight=False)
+            console.print(f"{name}: {adapted.describe()}", highlight=False, markup=False, soft_wrap=True)
     report = select_trainable(model, stage.trains, stage.optim)
     parameters = count_parameters(model)
     if main:

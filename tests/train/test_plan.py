@@ -99,8 +99,11 @@ def test_projector_counts_and_token_counts(moe_llava):
 @pytest.mark.parametrize(("name", "published"), [("7b", 3_781_296), ("13b", 5_390_080)])
 def test_lavin_trains_exactly_what_the_published_code_trains(name, published):
     """Adapters of language model and tower, projector, modality embedding (LaVIN's code, names with `adapter`)."""
-    stage = stage_of(plan(load_recipe(f"recipes/lavin/{name}.yaml"), ["640x480"]), "scienceqa")
+    document = plan(load_recipe(f"recipes/lavin/{name}.yaml"), ["640x480"])
+    stage = stage_of(document, "scienceqa")
     assert stage["parameters"]["trainable"] == published
+    print_plan(document, Console(file=(stream := io.StringIO()), width=300))
+    assert f"scienceqa: {stage['adapter']}; {published:,} parameters train in all" in stream.getvalue()
     assert stage["visual_tokens"] == {"640x480": 6}
     assert stage["lr"] == {"adapter": 9e-3 * 32 / 256, "connector": 9e-3 * 32 / 256}
 
