@@ -7,6 +7,7 @@ is the published checkpoint's and is tested against the model that the config bu
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from sparsevlm.registry import suggest
 
 DIRECTORY = Path(__file__).resolve().parent.parent / "assets" / "backbones"
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 @cache
@@ -42,7 +45,8 @@ def backbone_config(path: str) -> PreTrainedConfig:
         path: Hub id.
 
     Raises:
-        ValueError: Neither the package nor the local Hub cache knows it; the message lists what the package knows.
+        ValueError: Neither the package nor the local Hub cache knows it; the message lists what the package knows,
+            unless `path` can only have been meant as a directory.
     """
     entry = _table().get(path.lower())
     if entry is not None:
@@ -51,6 +55,11 @@ def backbone_config(path: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError):  # not in the cache; or no Hub id at all
+        if not _HUB_ID.fullmatch(path):
+            raise ValueError(
+                f"no directory {path!r} here, and a Hub id has the form OWNER/NAME: make it first (the first lines of "
+                "a recipe that comes with the package say how), or correct the path"
+            ) from None
         ids = known_backbones()
         raise ValueError(
             f"no shapes of {path!r} here: it is no directory, not in the Hub cache, and none of the backbones that the "

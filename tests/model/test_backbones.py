@@ -31,3 +31,10 @@ def test_unknown_ids_list_the_known_ones():
     with pytest.raises(ValueError, match=r"did you mean 'lmsys/vicuna-7b-v1\.5'") as caught:
         backbone_config("lmsys/vicuna-7b-v1.6")
     assert all(name in str(caught.value) for name in known_backbones())
+
+
+@pytest.mark.parametrize("path", ["data/absent/vision", "./tower", "../tower", "/models/tower", "~/tower"])
+def test_what_can_only_be_a_directory_is_told_as_one(path):
+    with pytest.raises(ValueError, match=r"no directory .* OWNER/NAME") as caught:
+        backbone_config(path)
+    assert not any(name in str(caught.value) for name in known_backbones())
