@@ -81,9 +81,11 @@ def choose_base(
         return Base(named, source.adapter.get("revision"))
     pushed = [row for row in read_pushes(source.base) if row.endpoint == endpoint]
     if not pushed:
+        base_dir = source.base.resolve()  # parent.json says it from the adapter's place: RUN/lora/../align
+        shown = base_dir.relative_to(Path.cwd()) if base_dir.is_relative_to(Path.cwd()) else base_dir
         raise ValueError(
-            f"--adapter-only: the base of this adapter, {source.base}, was not pushed from here. Push it first "
-            f"(sparsevlm push {source.base} {repo}-base), or name it with --base OWNER/NAME where it is there already, "
+            f"--adapter-only: the base of this adapter, {shown}, was not pushed from here. Push it first "
+            f"(sparsevlm push {shown} {repo}-base), or name it with --base OWNER/NAME where it is there already, "
             "or leave --adapter-only out: the base then goes up beside the adapter"
         )
     place = ([row for row in pushed if row.folder is None] or pushed)[
