@@ -238,8 +238,8 @@ def _read_config(path: str) -> Any:
     if is_adapter(path):
         raise ValueError(
             f"{path} holds an adapter, not a whole model: merge it into the model it was trained on first "
-            f"(sparsevlm merge {path} OUT), then export OUT; one that cannot be merged stays an adapter (sparsevlm push "
-            "uploads it)"
+            f"(sparsevlm merge {path} OUT), then export OUT; one that cannot be merged stays an adapter "
+            "(sparsevlm push uploads it)"
         )
     try:
         config = AutoConfig.from_pretrained(path)
