@@ -38,16 +38,12 @@ CASES = (
     Case("pissa", Lora(type="lora", r=4, init="pissa", targets=["language"])),
     Case("chosen", Lora(type="lora", r=4, targets=["moe.experts"], experts=[0, 2])),
 )
-DEFAULT = [("lora", 3)]
-"""Runs of the default suite; a run takes some 20 s, so the others are marked slow."""
 
 
 def runs() -> list[Any]:
     """Every type under every sharding that its section promises."""
     return [
-        pytest.param(
-            case, zero, id=f"{case.name}-zero{zero}", marks=() if (case.name, zero) in DEFAULT else pytest.mark.slow
-        )
+        pytest.param(case, zero, id=f"{case.name}-zero{zero}", marks=pytest.mark.slow)  # a minute each
         for case in CASES
         for zero in (0, 2, 3)
         if zero <= case.section.zero
