@@ -192,11 +192,16 @@ def save_start(recipe: Recipe, name: str, parent_dir: Path | None, stage_dir: Pa
 
 
 def _save_model(recipe: Recipe, name: str, parent_dir: Path | None, stage_dir: Path, console: Console) -> Path:
-    if not needs_edit(recipe, name, parent_dir):
+    stage = recipe.stages[name]
+    edited = needs_edit(recipe, name, parent_dir)
+    directory = stage_dir / (START if stage.adapter is None else BASE)
+    for written in (stage_dir / START, stage_dir / BASE):
+        # Of a recipe that has changed before the first checkpoint; ranks look for these (`prepared_start`).
+        if written.exists() and not (edited and written == directory):
+            remove(written)
+    if not edited:
         assert parent_dir is not None
         return parent_dir
-    stage = recipe.stages[name]
-    directory = stage_dir / (START if stage.adapter is None else BASE)
     made_from = {"stage": name, "inputs": stage_inputs(recipe, name), "parent": None}
     if parent_dir is not None:
         made_from["parent"] = (parent_dir / MARKER).read_text() if (parent_dir / MARKER).is_file() else None

@@ -15,6 +15,7 @@ from sparsevlm.model.build import build_model, load_model
 from sparsevlm.moe.ffn import expert_weights, read_layout
 from sparsevlm.recipe.load import load_recipe
 from sparsevlm.train import prepare
+from sparsevlm.train.checkpoints import mark_complete
 from sparsevlm.train.data import is_packed
 from tests.train.runs import write_recipe
 
@@ -284,3 +285,18 @@ def test_an_edited_bfloat16_model_is_what_loading_its_files_gives(tiny_parts: di
     for name, buffer in want.items():
         assert buffers[name].dtype == buffer.dtype, name
         assert torch.equal(buffers[name], buffer), name
+
+
+@pytest.mark.parametrize("left", [prepare.START, prepare.BASE])
+def test_what_an_earlier_recipe_left_is_not_trained_on(tiny_parts: dict[str, str], tmp_path: Path, left: str) -> None:
+    # killed before the first checkpoint, then 'upcycle' was taken out, or the stage before trains no adapter any more
+    from rich.console import Console
+
+    recipe = load_recipe(write_recipe(tmp_path, tiny_parts, only=["align"]))
+    parent, stage = tmp_path / "run" / "before", tmp_path / "run" / "align"
+    parent.mkdir(parents=True)
+    (stage / left).mkdir(parents=True)
+    mark_complete(stage / left, {"stage": "align"})
+    assert prepare.prepared_start(stage, parent) == stage / left
+    assert prepare.save_start(recipe, "align", parent, stage, Console(file=io.StringIO())) == parent
+    assert prepare.prepared_start(stage, parent) == parent
