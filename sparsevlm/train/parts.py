@@ -151,7 +151,7 @@ def select_trainable(model: nn.Module, trains: Iterable[str], optim: Optim | Non
         optim: Its learning rates are entered in the report.
 
     Raises:
-        ValueError: A part that has no parameter in this model.
+        ValueError: A part that has no parameter in this model, or a connector that is adapted and trains in full.
     """
     trains = tuple(trains)
     named = list(model.named_parameters())
@@ -163,6 +163,14 @@ def select_trainable(model: nn.Module, trains: Iterable[str], optim: Optim | Non
             f"{', '.join(part for part in PARTS if part in present)}); take it out of 'trains', or give the stage an "
             "'upcycle' for the parts of moe, an 'adapter' for that part"
         )
+    adapted = next(
+        (name for name, _ in named if name.startswith("model.connector.") and is_adapter_parameter(name)), ""
+    )
+    if adapted and "connector" in trains:  # by a pattern: a recipe that names the part is refused when it is read
+        raise ValueError(
+            f"the stage trains the connector in full, and its adapter has a target there ({adapted}); set 'trains: "
+            "[adapter]' to adapt it, or a target that leaves it out to train it"
+        )
     for name, parameter in named:
         parameter.requires_grad_(is_trained(name, trains))
     freeze_tower_state(model)
@@ -170,10 +178,26 @@ def select_trainable(model: nn.Module, trains: Iterable[str], optim: Optim | Non
 
 
 def freeze_tower_state(model: nn.Module) -> None:
-    """Put the vision tower in eval mode when nothing of it trains (its dropout stays off)."""
-    tower: Any = model.get_submodule("model.vision_tower")
-    if not any(parameter.requires_grad for parameter in tower.parameters()):
-        tower.eval()
+    """Put what `still_modules` returns in eval mode."""
+    for module in still_modules(model):
+        module.eval()
+
+
+def still_modules(model: nn.Module) -> list[nn.Module]:
+    """Return the modules of the vision tower that stay in eval mode while the rest trains.
+
+    All of it when nothing of it trains (its dropout stays off). When an adapter does, its batch norms: their statistics
+    would move with the data, and an adapter's file does not hold them.
+    """
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    tower = model.get_submodule("model.vision_tower")
+    trained = [name for name, parameter in tower.named_parameters() if parameter.requires_grad]
+    if not trained:
+        return [tower]
+    if not any(map(is_adapter_parameter, trained)):
+        return []
+    return [module for module in tower.modules() if isinstance(module, _BatchNorm)]
 
 
 def trainable_report(model: nn.Module, optim: Optim | None = None, trains: Iterable[str] = ()) -> TrainableReport:

@@ -28,7 +28,7 @@ from sparsevlm.train import checkpoints
 from sparsevlm.train.callbacks import MetricsWriter
 from sparsevlm.train.expert_parallel import adopted_experts, configured_ranks, mark_groups
 from sparsevlm.train.loader import BatchWithIds, StepSampler
-from sparsevlm.train.parts import freeze_tower_state, parameter_groups
+from sparsevlm.train.parts import parameter_groups, still_modules
 from sparsevlm.train.sharding import load_sharded
 from sparsevlm.train.window import TARGETS, Window, count_batch, routing_of_batch, routing_scalars
 
@@ -112,7 +112,7 @@ class VLMTrainer(SFTTrainer):
         self.expert_ranks = configured_ranks(args.deepspeed)
         self.visual_ids = torch.tensor([model.config.image_token_id, model.config.video_token_id])
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.tower_frozen = not any(p.requires_grad for p in model.model.vision_tower.parameters())
+        self.still = still_modules(model)
         self.router_groups = router_groups(model)
         self.writers = [callback for callback in callbacks or [] if isinstance(callback, MetricsWriter)]
         self.group_names: list[str] = []
@@ -177,8 +177,8 @@ class VLMTrainer(SFTTrainer):
         by a factor W. The load-balancing loss is a mean for each micro-batch: it gets 1 / (micro-batches) and is left
         to the mean over ranks, hence the second W.
         """
-        if self.tower_frozen:
-            freeze_tower_state(self.vlm)  # `training_step` has just put all of it in training mode
+        for module in self.still:
+            module.eval()  # `training_step` has just put all of the model in training mode
         self._batch_ids = next(self._ids, [])
         world = self.args.world_size
         measure = bool(self.router_groups) and self._measures_routing()
