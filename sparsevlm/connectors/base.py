@@ -8,9 +8,10 @@ Legend: N tokens of all items together, D feature width before the block, D' aft
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
@@ -21,6 +22,20 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from sparsevlm.vision.tokens import VisualTokens
+
+
+class GuideText(NamedTuple):
+    """How a block wants the texts that it looks at.
+
+    Attributes:
+        tokenizer: Hub id or directory of their tokenizer, or ``language`` for the language model's.
+        max_tokens: Tokens of a text; what is longer loses its beginning.
+        vocab_size: Ids must be below this; None: whatever the tokenizer gives.
+    """
+
+    tokenizer: str
+    max_tokens: int
+    vocab_size: int | None = None
 
 
 class BlockSpec(BaseModel):
@@ -34,8 +49,10 @@ class BlockSpec(BaseModel):
     parameter_free: ClassVar[bool] = False
     """True when the module holds no parameter."""
 
-    text_guided: ClassVar[bool] = False
-    """True when the module looks at `VisualTokens.guides`."""
+    @property
+    def guide(self) -> GuideText | None:
+        """What the module needs of `VisualTokens.guides`; None where it does not look at text."""
+        return None
 
     def output_grid(self, grid: Grid, kind: MediaKind) -> Grid:
         """Return the grid that an item of ``grid`` and ``kind`` leaves the block with.
@@ -65,6 +82,15 @@ class BlockSpec(BaseModel):
         The module initialises its own parameters (language-model style re-initialisation never reaches it).
         """
         raise NotImplementedError
+
+    def load_pretrained(self, module: nn.Module) -> None:
+        """Fill a fresh module with the published weights that an option names, where there is one.
+
+        Called once, when a model is made of its parts; never on the meta device, nor of a saved model.
+
+        Raises:
+            ValueError: The weights are not there or do not fit.
+        """
 
 
 def parse_block(raw: Any) -> BlockSpec:
@@ -100,6 +126,21 @@ def connector_items(specs: Sequence[BlockSpec], items: Sequence[ItemShape]) -> l
     return list(items)
 
 
+def connector_guide(specs: Sequence[BlockSpec]) -> GuideText | None:
+    """Return how a connector wants its texts, None where no block looks at text.
+
+    Raises:
+        ValueError: Two blocks want them differently.
+    """
+    wanted = {spec.guide: spec.type for spec in specs if spec.guide is not None}
+    if len(wanted) > 1:
+        raise ValueError(
+            f"connector: blocks {' and '.join(map(repr, wanted.values()))} want texts of different tokenizers or "
+            f"lengths ({[guide._asdict() for guide in wanted]}); a connector has one: give them the same options"
+        )
+    return next(iter(wanted), None)
+
+
 def connector_dims(specs: Sequence[BlockSpec], input_dim: int, text_dim: int) -> list[int]:
     """Return the feature width before the first block and after each: ``len(specs) + 1`` numbers."""
     dims = [input_dim]
@@ -130,3 +171,29 @@ def map_frames(tokens: VisualTokens, dim: int, function: Callable[[Tensor], Tens
         results.append(function(frames).reshape(-1, dim))
         start = end
     return torch.cat(results) if results else tokens.features.new_zeros(0, dim)
+
+
+def map_items(tokens: VisualTokens, dim: int, function: Callable[[Tensor, Grid, list[int]], Tensor]) -> Tensor:
+    """Apply a function of whole items to all, those of one grid together.
+
+    Args:
+        tokens: Features ``(N, D)``.
+        dim: Width D' that the function returns; the answer's width when there are no items.
+        function: ``(I, n, D)``, their grid, their numbers ``-> (I, n', D')``; each item's result must depend on that
+            item alone.
+
+    Returns:
+        ``(N', D')``, items in order.
+    """
+    import torch
+
+    of_grid: dict[Grid, list[int]] = defaultdict(list)
+    for item, grid in enumerate(tokens.grids):
+        of_grid[grid].append(item)
+    if not of_grid:
+        return tokens.features.new_zeros(0, dim)
+    parts = tokens.split()
+    results: dict[int, Tensor] = {}
+    for grid, items in of_grid.items():
+        results.update(zip(items, function(torch.stack([parts[item] for item in items]), grid, items)))
+    return torch.cat([results[item] for item in range(len(parts))])

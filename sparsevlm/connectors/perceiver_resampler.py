@@ -6,8 +6,6 @@ head_dim.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable
 from math import isqrt
 from typing import Annotated, Literal
 
@@ -16,7 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsevlm.connectors.base import BlockSpec
+from sparsevlm.connectors.base import BlockSpec, map_items
 from sparsevlm.registry import CONNECTOR_BLOCKS
 from sparsevlm.vision.tokens import Grid, MediaKind, VisualTokens
 
@@ -132,7 +130,7 @@ class PerceiverResamplerBlock(nn.Module):
         grids = [self.spec.output_grid(grid, kind) for grid, kind in zip(tokens.grids, tokens.kinds)]
         return tokens.with_features(map_items(tokens, self.dim, self._resample), grids)
 
-    def _resample(self, features: Tensor, grid: Grid) -> Tensor:
+    def _resample(self, features: Tensor, grid: Grid, _: list[int]) -> Tensor:
         """Read items of one grid, ``(I, n, D) -> (I, n', C)``."""
         frames = features.unflatten(1, (grid.t, grid.h * grid.w))  # (I, t, h * w, D)
         if self.frame_embeddings is not None:
@@ -198,30 +196,6 @@ class PerceiverLayer(nn.Module):
 def _feed_forward(dim: int, width: int, bias: bool) -> nn.Sequential:
     up, down = nn.Linear(dim, width, bias=bias), nn.Linear(width, dim, bias=bias)
     return nn.Sequential(nn.LayerNorm(dim), up, nn.GELU(), down)
-
-
-def map_items(tokens: VisualTokens, dim: int, function: Callable[[Tensor, Grid], Tensor]) -> Tensor:
-    """Apply a function of whole items to all, those of one grid together.
-
-    Args:
-        tokens: Features ``(N, D)``.
-        dim: Width D' that the function returns; the answer's width when there are no items.
-        function: ``(I, n, D), grid -> (I, n', D')``; each item's result must depend on that item alone.
-
-    Returns:
-        ``(N', D')``, items in order.
-    """
-    of_size: dict[Grid, list[int]] = defaultdict(list)
-    for item, grid in enumerate(tokens.grids):
-        of_size[grid].append(item)
-    if not of_size:
-        return tokens.features.new_zeros(0, dim)
-    parts = tokens.split()
-    results: list[Tensor] = [tokens.features] * len(parts)
-    for grid, items in of_size.items():
-        for item, result in zip(items, function(torch.stack([parts[item] for item in items]), grid)):
-            results[item] = result
-    return torch.cat(results)
 
 
 def frame_rows(embeddings: Tensor, frames: int) -> Tensor:

@@ -6,14 +6,16 @@ A block whose options have no defaults needs a row in EXAMPLES; a block with mod
 import json
 import pickle
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from sparsevlm.connectors.base import parse_block
 from sparsevlm.registry import CONNECTOR_BLOCKS
-from sparsevlm.vision.tokens import MEDIA_KINDS, Grid, VisualTokens
+from sparsevlm.vision.tokens import MEDIA_KINDS, Grid, Guides, VisualTokens
 
+SMALL_QFORMER = {"queries": 3, "dim": 8, "layers": 2, "heads": 2, "ff_dim": 12, "dropout": 0.0, "vocab_size": 20}
 EXAMPLES = {
     "linear": [{}, {"bias": False, "dim": 5}],
     "mlp": [{}, {"depth": 3, "norm": "pre", "hidden_dim": 9}, {"norm": "post", "activation": "silu", "dim": 5}],
@@ -28,6 +30,10 @@ EXAMPLES = {
         {"latents": 2, "depth": 1, "heads": 2, "head_dim": 4, "dim": 20, "per": "frame"},
     ],
     "layout": [{}, {"row_end": "all", "frame_end": True, "end": True}, {"row_end": "none", "start": True}],
+    "qformer": [
+        {**SMALL_QFORMER, "per": "item"},
+        {**SMALL_QFORMER, "instruction": True, "norm": False},
+    ],
     "dpc_knn": [{}, {"clusters": [6, 3], "neighbours": [2, 2], "frames_per_event": 4, "min_temporal_neighbours": 2}],
 }
 INPUT_DIM, TEXT_DIM = 12, 8
@@ -69,7 +75,13 @@ def random_tokens(spec, number=9, seed=0, dtype=torch.float32):
     owners = tuple(sorted(generator.randrange(4) for _ in items))
     torch.manual_seed(seed)
     features = torch.randn(sum(grid.num_tokens for grid in grids), INPUT_DIM).to(dtype)
-    return VisualTokens(features, grids, kinds, owners)
+    return VisualTokens(features, grids, kinds, owners, guides=random_guides(len(items)))
+
+
+def random_guides(number):
+    """Three texts of different lengths, for blocks that look at them."""
+    ids = torch.tensor([[1, 5, 3, 0], [2, 0, 0, 0], [7, 8, 9, 4]])
+    return Guides(ids, (ids > 0).long(), tuple(item % 3 for item in range(number)))
 
 
 def build(raw, seed=0):
@@ -79,9 +91,9 @@ def build(raw, seed=0):
 
 def item(tokens, index):
     start, end = tokens.offsets[index : index + 2]
-    return VisualTokens(
-        tokens.features[start:end], (tokens.grids[index],), (tokens.kinds[index],), (tokens.owners[index],)
-    )
+    guides = replace(tokens.guides, index=tokens.guides.index[index : index + 1])
+    own = ((each[index],) for each in (tokens.grids, tokens.kinds, tokens.owners))
+    return VisualTokens(tokens.features[start:end], *own, guides=guides)
 
 
 @every_block
