@@ -73,12 +73,13 @@ class ExportReport:
     comparison: checking.Comparison | None = None
 
 
-def place(config: Any, *, text_only: bool = False) -> Placement:
+def place(config: Any, *, text_only: bool = False, tiling: Any = None) -> Placement:
     """Find the transformers class that computes what a model does, without reading weights.
 
     Args:
         config: `SparseVLMConfig`.
         text_only: Of the language model alone, vision tower and connector left behind.
+        tiling: How its processor cuts pictures.
 
     Raises:
         NoHomeError: There is none; everything that stands in the way is listed.
@@ -88,7 +89,7 @@ def place(config: Any, *, text_only: bool = False) -> Placement:
     notes = []
     if config.moe is not None:
         families = [family for group in FAMILIES.values() for family in group]
-        native_text = text_config(config) if text_only else llava_config(config).text_config
+        native_text = text_config(config) if text_only else llava_config(config, tiling).text_config
         family = next(family for family in families if family.model_type == native_text.model_type)
         notes += [f"only for further training: {lost}" for lost in training_only(config.moe, family)]
         if config.dtype not in (None, torch.float32):
@@ -106,7 +107,7 @@ def place(config: Any, *, text_only: bool = False) -> Placement:
             )
         return Placement(architecture, target, config.moe, text_only=True, notes=notes)
     notes.append("pictures only: LLaVA has no videos, and several views are several pictures to it")
-    return Placement("LlavaForConditionalGeneration", llava_config(config), config.moe, notes=notes)
+    return Placement("LlavaForConditionalGeneration", llava_config(config, tiling), config.moe, notes=notes)
 
 
 def build_native(model: Any, placement: Placement) -> Any:
@@ -175,7 +176,7 @@ def export(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists already; name a directory that does not, or remove it first")
     path = resolve_model(target)
-    placement, refusal = _decide(_read_config(path), form, text_only)
+    placement, refusal = _decide(_read_config(path), form, text_only, None if text_only else _tiling(path))
     model, processor = load_model(path, attention="sdpa")
     model.eval()
     with _written_aside(output) as partial:
@@ -198,12 +199,12 @@ def export(
     return ExportReport(placement, output, refusal, comparison)
 
 
-def _decide(config: Any, form: Format, text_only: bool) -> tuple[Placement, NoHomeError | None]:
+def _decide(config: Any, form: Format, text_only: bool, tiling: Any) -> tuple[Placement, NoHomeError | None]:
     """Return where the model goes and, with `auto`, why it is no native class."""
     if form == "sparsevlm":
         return _ours(config, text_only), None
     try:
-        return place(config, text_only=text_only), None
+        return place(config, text_only=text_only, tiling=tiling), None
     except NoHomeError as error:
         if form == "native":
             raise
@@ -250,6 +251,13 @@ def _read_config(path: str) -> Any:
             f"{path} is a {config.model_type!r} model: there is no tower and no connector of SparseVLM in it to export"
         )
     return config
+
+
+def _tiling(path: str) -> Any:
+    """Return how the source's processor cuts pictures."""
+    from sparsevlm.model.processing_sparsevlm import SparseVLMProcessor
+
+    return SparseVLMProcessor.from_pretrained(path).image_spec.tiling
 
 
 def _prefixed(prefix: str, module: nn.Module) -> dict[str, Tensor]:

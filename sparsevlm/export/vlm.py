@@ -14,11 +14,12 @@ ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu",
 WHAT = "no transformers class computes what this model does"
 
 
-def llava_config(config: Any) -> Any:
+def llava_config(config: Any, tiling: Any = None) -> Any:
     """Return the `LlavaConfig` of a model.
 
     Args:
         config: `SparseVLMConfig`.
+        tiling: How its processor cuts pictures.
 
     Raises:
         NoHomeError: Something has no home in LLaVA; `reasons` lists all of it.
@@ -33,6 +34,11 @@ def llava_config(config: Any) -> Any:
         text = text_config(config)
     except NoHomeError as error:
         reasons += error.reasons
+    if tiling is not None:
+        reasons.append(
+            f"pictures cut into several frames (model.vision.tiling, {tiling.type!r}): LLaVA takes one frame a "
+            "picture; leave tiling out and train again from the align stage"
+        )
     if config.lm_head_bias:
         reasons.append(
             "a head with a bias (lm_head_bias): LLaVA's has none; take another language model (model.language.path)"

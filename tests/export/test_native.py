@@ -280,6 +280,12 @@ def test_refusals_name_everything(name, tmp_path):
     assert all(reason in str(caught.value) for reason in caught.value.reasons)
 
 
+def test_cut_pictures_have_no_home(tmp_path):
+    ours, processor = make_model(tmp_path / "parts", model={"vision": {"tiling": {"type": "monkey"}}})
+    with pytest.raises(NoHomeError, match=r"tiling, 'monkey'"):
+        export(save(ours, processor, tmp_path / "m"), tmp_path / "out", form="native")
+
+
 def test_tower_without_a_home():
     from transformers import Dinov2WithRegistersConfig, ResNetConfig
 
