@@ -94,7 +94,7 @@ def output_grid(
     Raises:
         ValueError: The tower cannot take frames of that size, or has no such layer.
     """
-    layouts = _probe(vision_config, image_size, _as_layers(layer))
+    layouts = _probe(vision_config, image_size, as_layers(layer))
     _check_same_grid(layouts, layer)
     prefix, h, w, _ = layouts[0]
     return (h, w) if select == "patch" or prefix == 0 else (1, prefix + h * w)
@@ -102,7 +102,7 @@ def output_grid(
 
 def feature_dim(vision_config: PreTrainedConfig, layer: Layer = -1) -> int:
     """Return the feature width D; layers of a list are concatenated."""
-    return sum(layout.dim for layout in _probe(vision_config, default_image_size(vision_config), _as_layers(layer)))
+    return sum(layout.dim for layout in _probe(vision_config, default_image_size(vision_config), as_layers(layer)))
 
 
 def encode_frames(
@@ -130,7 +130,7 @@ def encode_frames(
         ValueError: No such layer, or layers whose grids differ (stages of a CNN).
     """
     assert pixel_values.shape[0] > 0, "no frames"
-    layers = _as_layers(layer)
+    layers = as_layers(layer)
     encoded = []
     for frames in pixel_values.split(chunk or pixel_values.shape[0]):
         maps = _layer_maps(tower, frames, layers)
@@ -143,7 +143,8 @@ def encode_frames(
     return encoded[0] if len(encoded) == 1 else torch.cat(encoded)
 
 
-def _as_layers(layer: Layer) -> tuple[int, ...]:
+def as_layers(layer: Layer) -> tuple[int, ...]:
+    """Return the layers of an option that names one or several."""
     layers = (layer,) if isinstance(layer, int) else tuple(layer)
     if not layers:
         raise ValueError("vision layer: an empty list selects no features; name at least one hidden layer")
@@ -154,7 +155,7 @@ def _check_same_grid(layouts: Sequence[TowerLayout], layer: Layer) -> None:
     if len({layout[:3] for layout in layouts}) > 1:
         grids = ", ".join(f"{layout.h}x{layout.w} after {layout.prefix} prefix tokens" for layout in layouts)
         raise ValueError(
-            f"vision layers {list(_as_layers(layer))} have different grids ({grids}) and cannot be concatenated; "
+            f"vision layers {list(as_layers(layer))} have different grids ({grids}) and cannot be concatenated; "
             "name layers of one grid"
         )
 
@@ -279,8 +280,8 @@ def _probe(vision_config: PreTrainedConfig, image_size: int, layers: tuple[int, 
 
     key = (vision_config.to_json_string(use_diff=False), image_size, layers)
     if key not in _LAYOUTS:
-        with _plain_modules(), torch.device("meta"), meta_device_safe_creation_ops(), torch.no_grad():
-            tower = _build_tower(vision_config).eval()
+        with plain_modules(), torch.device("meta"), meta_device_safe_creation_ops(), torch.no_grad():
+            tower = build_tower(vision_config).eval()
             frame = torch.zeros(1, 3, image_size, image_size)
             try:
                 maps = _layer_maps(tower, frame, layers)
@@ -296,7 +297,7 @@ def _probe(vision_config: PreTrainedConfig, image_size: int, layers: tuple[int, 
     return _LAYOUTS[key]
 
 
-def _build_tower(vision_config: PreTrainedConfig) -> nn.Module:
+def build_tower(vision_config: PreTrainedConfig) -> nn.Module:
     """Return an untrained tower; eager attention, which every class has and which needs no device."""
     from transformers import AutoModel
 
@@ -310,7 +311,7 @@ def _build_tower(vision_config: PreTrainedConfig) -> nn.Module:
 
 
 @contextmanager
-def _plain_modules() -> Iterator[None]:
+def plain_modules() -> Iterator[None]:
     """Build modules as torch does, also where ZeRO-3 is on: `zero.Init` would shard the probe's meta weights."""
     from transformers.integrations import deepspeed as integration
 

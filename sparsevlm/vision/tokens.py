@@ -26,6 +26,13 @@ class MediaKind(StrEnum):
     VIDEO = "video"
     MULTI_VIEW = "multi_view"
     SLICE = "slice"
+    LONG_VIDEO = "long_video"
+    """A video of so many frames that it is shown in fewer tokens a frame. Media are videos, their items may be this."""
+
+    @property
+    def is_video(self) -> bool:
+        """Whether an item of this kind is frames in time."""
+        return self in (MediaKind.VIDEO, MediaKind.LONG_VIDEO)
 
 
 MEDIA_KINDS: tuple[MediaKind, ...] = tuple(MediaKind)

@@ -1,0 +1,91 @@
+"""Pixels of pictures at native resolution, cut into patches.
+
+Legend: P patches of all items together, p side of a patch in pixels, h x w patches of a frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sparsevlm.recipe.native import FitRule, Native
+from sparsevlm.vision.sides import NativeView, native_views
+from sparsevlm.vision.tokens import MediaKind
+
+
+def native_patches(
+    frames: Sequence[Image.Image],
+    kind: MediaKind,
+    native: Native,
+    patch: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    resample: Image.Resampling,
+) -> Tensor:
+    """Return the patches of a medium, as `native_items` counts them.
+
+    Args:
+        frames: RGB pictures. Those after the first are brought to its sides.
+        kind: Of the medium.
+        native: The rules.
+        patch: p.
+        mean: Channel means of pixels in [0, 1].
+        std: Channel standard deviations.
+        resample: Filter of the resize.
+
+    Returns:
+        ``(P, 3 * p * p)`` float32: items and frames in order, each in raster order of its patches; within a patch
+        channel, row, column.
+    """
+    views = native_views(native, kind, len(frames), frames[0].size)
+    brought = {}
+    parts = []
+    for view in reversed(views):  # the whole picture comes last; an overview is made of it as it is then
+        fill = _fill(native, view, views)
+        for i, frame in enumerate(frames):
+            source = brought.get(i, frame)
+            size = view.sides.content
+            brought[i] = source if source.size == size else source.resize(size, resample)
+        pixels = [_normalise(brought[i], view, fill, mean, std) for i in range(len(frames))]
+        parts.append(torch.cat([patchify(each, patch) for each in pixels]))
+    return torch.cat(parts[::-1])
+
+
+def patchify(pixels: Tensor, patch: int) -> Tensor:
+    """Cut ``(C, h * p, w * p)`` pixels into ``(h * w, C * p * p)`` patches."""
+    rows = pixels.unflatten(2, (-1, patch)).unflatten(1, (-1, patch))  # (C, h, p, w, p)
+    return rows.permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1)
+
+
+def unpatchify(patches: Tensor, h: int, w: int) -> Tensor:
+    """Put ``(h * w, 3 * p * p)`` patches together again: ``(3, h * p, w * p)``."""
+    patch = int((patches.shape[1] // 3) ** 0.5)
+    return patches.view(h, w, 3, patch, patch).permute(2, 0, 3, 1, 4).reshape(3, h * patch, w * patch)
+
+
+def _fill(native: Native, view: NativeView, views: Sequence[NativeView]) -> float | None:
+    """Return the value of what is filled; None where nothing is."""
+    if view.sides.content == view.sides.canvas:
+        return None
+    rule = native.overview if view is not views[-1] else native.image if view.kind is MediaKind.IMAGE else None
+    if rule is None:
+        rule = native.video or native.image
+        if view.kind is MediaKind.LONG_VIDEO:
+            rule = native.long_video or rule
+    assert isinstance(rule, FitRule), "only this rule fills"
+    return rule.fill
+
+
+def _normalise(
+    picture: Image.Image, view: NativeView, fill: float | None, mean: Sequence[float], std: Sequence[float]
+) -> Tensor:
+    import numpy as np
+
+    (width, height), (full_width, full_height) = view.sides
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).to(torch.float32)  # (3, height, width)
+    if fill is not None:
+        pixels = torch.nn.functional.pad(pixels, (0, full_width - width, 0, full_height - height), value=fill)
+    return pixels.div_(255).sub_(torch.tensor(mean).view(3, 1, 1)).div_(torch.tensor(std).view(3, 1, 1))
