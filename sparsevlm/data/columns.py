@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sparsevlm.data.rows import RowContext, shown
@@ -50,8 +52,28 @@ class Columns:
         Raises:
             BadSampleError: One of them is none, or leaves the media root.
         """
-        clip = (self._second("start"), self._second("end")) if kind is MediaKind.VIDEO else (None, None)
-        return [context.media(kind, value, clip[0] or 0.0, clip[1]) for value in as_list(self.value(option))]
+        if kind is not MediaKind.VIDEO:
+            return [context.media(kind, value) for value in as_list(self.value(option))]
+        start, end = self._second("start"), self._second("end")
+        videos = [context.media(kind, value, start or 0.0, end) for value in as_list(self.value(option))]
+        files = as_list(self.value("subtitles")) if "subtitles" in self.options else []
+        if len(files) not in (0, len(videos)):
+            raise BadSampleError(f"{len(files)} {self.name('subtitles')!r} for {len(videos)} videos")
+        return [with_subtitles(video, file, context) for video, file in zip(videos, files)] if files else videos
+
+    def views(self, option: str, poses: str, context: RowContext) -> list[Media]:
+        """Return the scenes of a column that holds the views of one, a list of paths, or a list of such lists.
+
+        Raises:
+            BadSampleError: As `media`, or a scene has no views, or not a pose for each.
+        """
+        scenes, matrices = as_list(self.value(option)), self.value(poses)
+        if scenes and not any(isinstance(scene, list) for scene in scenes):
+            scenes, matrices = [scenes], None if matrices is None else [matrices]
+        matrices = matrices or [None] * len(scenes)
+        if not isinstance(matrices, list) or len(matrices) != len(scenes):
+            raise BadSampleError(f"{self.name(poses)!r} has not as many entries as {self.name(option)!r}")
+        return [scene_media(scene, matrix, context) for scene, matrix in zip(scenes, matrices, strict=True)]
 
     def _second(self, option: str) -> float | None:
         value = self.value(option) if self.options.get(option) else None
@@ -64,6 +86,49 @@ class Columns:
     def _names(self, option: str) -> Sequence[str]:
         names = self.options[option]
         return () if names is None else (names,) if isinstance(names, str) else tuple(names)
+
+
+def with_subtitles(video: Media, file: Any, context: RowContext) -> Media:
+    """Return a video with its file of subtitles; a row may say that there is none with null.
+
+    Raises:
+        BadSampleError: The file is no path in the media root.
+    """
+    if file is None:
+        return video
+    if not isinstance(file, str):
+        raise BadSampleError(f"subtitles are {shown(file)}, not a path")
+    return replace(video, subtitles=context.resolve(file))
+
+
+def scene_media(views: Any, poses: Any, context: RowContext) -> Media:
+    """Return a scene seen from several places.
+
+    Args:
+        views: List of pictures.
+        poses: A 3 x 4 or 4 x 4 matrix a view, camera to world, as lists of rows; None where unknown.
+        context: Which row it is.
+
+    Raises:
+        BadSampleError: No views, one of them is no picture, or the poses are no such matrices.
+    """
+    if not isinstance(views, list) or not views:
+        raise BadSampleError(f"views are {shown(views)}, not a list of pictures")
+    sources = tuple(context.media(MediaKind.IMAGE, view).source for view in views)
+    if poses is None:
+        return Media(MediaKind.MULTI_VIEW, sources)
+    if not isinstance(poses, list) or len(poses) != len(views):
+        raise BadSampleError(f"poses are {shown(poses)}, not a matrix for each of {len(views)} views")
+    return Media(MediaKind.MULTI_VIEW, sources, meta={"poses": tuple(_matrix(pose) for pose in poses)})
+
+
+def _matrix(pose: Any) -> tuple[tuple[float, ...], ...]:
+    rows: list[Any] = pose if isinstance(pose, list) and len(pose) in (3, 4) else [None]
+    for row in rows:
+        numbers = row if isinstance(row, list) else []
+        if len(numbers) != 4 or not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
+            raise BadSampleError(f"a pose is {shown(pose)}, not a 3 x 4 or 4 x 4 matrix of numbers")
+    return tuple(tuple(map(float, row)) for row in rows)
 
 
 def as_list(value: Any) -> list[Any]:

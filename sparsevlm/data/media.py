@@ -10,13 +10,22 @@ import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sparsevlm.data.sample import BadSampleError, Media
-from sparsevlm.data.video import MAX_PIXELS, VideoPolicy, clip_indices, decode_video, probe_video, sample_frame_indices
+from sparsevlm.data.video import (
+    MAX_PIXELS,
+    VideoPolicy,
+    clip_indices,
+    decode_video,
+    probe_video,
+    sample_frame_indices,
+    stream_video,
+)
 from sparsevlm.vision.tokens import MediaKind
 
 if TYPE_CHECKING:
@@ -24,8 +33,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MAX_PIXELS",
+    "VideoFrames",
     "VideoPolicy",
     "count_frames",
+    "frame_times",
     "image_size",
     "load_image",
     "load_video",
@@ -102,6 +113,52 @@ def load_video(media: Media, video: VideoPolicy) -> tuple[list[np.ndarray], list
     return decode_video(media.source, info, clip_indices(info.total, info.fps, media.start, media.end, video))
 
 
+class VideoFrames(Sequence[Any]):
+    """The frames that a policy draws from a video, decoded one at a time whenever they are gone through.
+
+    Args:
+        media: As for `load_video`.
+        video: How frames are drawn.
+
+    Raises:
+        BadSampleError: As `count_frames`; going through the frames, as `load_video`.
+    """
+
+    def __init__(self, media: Media, video: VideoPolicy) -> None:
+        self.media = media
+        self.info = None
+        if isinstance(media.source, (str, Path, bytes, bytearray)):
+            self.info = probe_video(media.source)
+            self.indices = clip_indices(self.info.total, self.info.fps, media.start, media.end, video)
+        else:
+            self.indices = _memory_indices(media, len(_frames_of(media)), video)
+
+    def __len__(self) -> int:
+        """Number of frames."""
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Yield ``(H, W, 3)`` uint8 arrays in order of time; one is held."""
+        return self._frames(self.indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Decode one frame, or those of a slice."""
+        if isinstance(index, slice):
+            return list(self._frames(self.indices[index]))
+        return next(self._frames([self.indices[index]]))
+
+    def blocks(self, size: int) -> Iterator[list[np.ndarray]]:
+        """Yield the frames in lists of at most ``size``, in one pass over the file; one list is held."""
+        frames = iter(self)
+        while block := list(islice(frames, size)):
+            yield block
+
+    def _frames(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
+        if self.info is None:
+            return (np.asarray(_read_image(self.media.source[i])) for i in indices)
+        return (frame for frame, _ in stream_video(self.media.source, self.info, indices))
+
+
 def count_frames(media: Media, video: VideoPolicy) -> int:
     """Return how many frames `load_video` returns, without decoding any.
 
@@ -114,6 +171,21 @@ def count_frames(media: Media, video: VideoPolicy) -> int:
         return len(_memory_indices(media, len(_frames_of(media)), video))
     info = probe_video(media.source)
     return len(clip_indices(info.total, info.fps, media.start, media.end, video))
+
+
+def frame_times(media: Media, video: VideoPolicy) -> list[float]:
+    """Return the second of each frame that `load_video` returns, by the average rate; nothing is decoded.
+
+    For videos of an even rate these are the times that frames are shown at.
+
+    Raises:
+        BadSampleError: As `count_frames`.
+    """
+    if not isinstance(media.source, (str, Path, bytes, bytearray)):
+        rate = media.fps or 1.0
+        return [i / rate for i in _memory_indices(media, len(_frames_of(media)), video)]
+    info = probe_video(media.source)
+    return [float(i / info.fps) for i in clip_indices(info.total, info.fps, media.start, media.end, video)]
 
 
 def _frames_of(media: Media) -> Sequence[Any] | np.ndarray:

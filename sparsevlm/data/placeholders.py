@@ -8,17 +8,19 @@ from collections.abc import Sequence
 from sparsevlm.data.sample import BadSampleError, Media
 from sparsevlm.vision.tokens import MediaKind
 
-IMAGE, VIDEO = "<image>", "<video>"
+IMAGE, VIDEO, VIEWS = "<image>", "<video>", "<views>"
 
 
 class Placeholders:
-    """Hands out the pictures and videos of one row in reading order.
+    """Hands out the pictures, videos and scenes of one row in reading order.
 
     Args:
         images: Pictures that the row lists.
         videos: Videos that the row lists.
         image_token: How a text says that the next picture belongs here.
         video_token: The same for videos. Some collections write ``<image>`` for both; pictures then come first.
+        views: Scenes, each a list of views, that the row lists.
+        views_token: The same for them; where it is another's too, they come last.
     """
 
     def __init__(
@@ -27,10 +29,15 @@ class Placeholders:
         videos: Sequence[Media] = (),
         image_token: str = IMAGE,
         video_token: str = VIDEO,
+        views: Sequence[Media] = (),
+        views_token: str = VIEWS,
     ) -> None:
-        shared = image_token == video_token
-        self._listed = {image_token: [*images, *videos]} if shared else {image_token: images, video_token: videos}
-        self._names = {MediaKind.IMAGE: image_token, MediaKind.VIDEO: video_token}
+        self._listed: dict[str, list[Media]] = {}
+        # A text may hold "<views>" as text wherever a row has no views.
+        tokens = [(image_token, images), (video_token, videos), *([(views_token, views)] if views else [])]
+        for token, media in tokens:
+            self._listed.setdefault(token, []).extend(media)
+        self._names = {MediaKind.IMAGE: image_token, MediaKind.VIDEO: video_token, MediaKind.MULTI_VIEW: views_token}
         self._seen = dict.fromkeys(self._listed, 0)
         self._pattern = re.compile("|".join(re.escape(token) for token in self._listed))
 
@@ -57,6 +64,8 @@ class Placeholders:
         return self._next(self._names[kind])
 
     def _next(self, token: str) -> Media:
+        if token not in self._listed:
+            raise BadSampleError("a part asks for views, but the row lists none")
         at = self._seen[token]
         self._seen[token] += 1
         # beyond the end: go on counting, so that the message in `finish` has the whole number

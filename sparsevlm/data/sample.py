@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sparsevlm.vision.tokens import Grid, ItemShape, MediaKind
@@ -32,6 +33,8 @@ class Media:
         fps: Frame rate of in-memory frames; videos on disk carry their own.
         start: Second at which a video clip starts.
         end: Second at which it ends; None means the video's end.
+        subtitles: File of what is said in a video (already confined to its media root).
+        meta: Anything else that a row says of it; `poses` of views: a matrix a view, as nested tuples.
     """
 
     kind: MediaKind
@@ -39,6 +42,8 @@ class Media:
     fps: float | None = None
     start: float = 0.0
     end: float | None = None
+    subtitles: Path | None = None
+    meta: dict[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)

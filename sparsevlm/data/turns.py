@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparsevlm.data.columns import check_text
+from sparsevlm.data.columns import check_text, scene_media, with_subtitles
 from sparsevlm.data.placeholders import Placeholders
 from sparsevlm.data.rows import RowContext, shown
 from sparsevlm.data.sample import BadSampleError, Media, Message, Role
@@ -65,14 +65,20 @@ def _read_part(part: dict[str, Any], number: int, media: Placeholders, context: 
     kind = kind if isinstance(kind, str) else shown(kind)
     if kind == "text":
         return media.split(_text(part.get("text"), number))
+    if kind in ("views", "multi_view"):
+        views = part.get("views")
+        return [media.take(MediaKind.MULTI_VIEW) if views is None else scene_media(views, part.get("poses"), context)]
     base = kind.removesuffix("_url")
     if base not in ("image", "video"):
-        raise BadSampleError(f"turn {number} has a part of type {kind} (known: text, image, image_url, video)")
+        raise BadSampleError(f"turn {number} has a part of type {kind} (known: text, image, image_url, video, views)")
     value = next((part[key] for key in (kind, base, "path", "url") if part.get(key) is not None), None)
     if isinstance(value, dict) and "url" in value:
         value = value["url"]
     media_kind = MediaKind(base)
-    return [media.take(media_kind) if value is None else context.media(media_kind, value)]
+    if value is None:
+        return [media.take(media_kind)]
+    given = context.media(media_kind, value)
+    return [with_subtitles(given, part.get("subtitles"), context) if base == "video" else given]
 
 
 def _text(value: Any, number: int) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from av import VideoFrame
     from av.container import InputContainer
     from av.video.stream import VideoStream
+
+Thinning = Literal["even", "floor", "stride"]
 
 MAX_PIXELS = 89_478_485
 """Pixels that a picture or frame may have (Pillow's own limit: a quarter of a gigabyte at three bytes)."""
@@ -37,12 +39,15 @@ class VideoPolicy:
     Attributes:
         fps: Frames a second; None draws `max_frames` evenly whatever the length.
         min_frames: Shorter clips are sampled more densely to reach this many, as far as they have frames.
-        max_frames: Longer clips are thinned evenly to this many.
+        max_frames: Longer clips are thinned to this many.
+        thinning: How `n` frames are chosen of `N`: `even`, ``i (N - 1) / (n - 1)`` rounded; `floor`, the same cut off;
+            `stride`, every ``max(1, floor(N / n))``-th from the first, which leaves out up to half of the end.
     """
 
     fps: float | None = 1.0
     min_frames: int = 1
     max_frames: int = 64
+    thinning: Thinning = "even"
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_frames <= self.max_frames or (self.fps is not None and self.fps <= 0):
@@ -50,6 +55,13 @@ class VideoPolicy:
                 f"video: fps {self.fps}, min_frames {self.min_frames}, max_frames {self.max_frames}; expected fps > 0 "
                 "and 1 <= min_frames <= max_frames"
             )
+        if self.thinning not in get_args(Thinning):
+            raise ValueError(f"video: thinning {self.thinning!r} is none of {', '.join(get_args(Thinning))}")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> VideoPolicy:
+        """Return the policy of a recipe's `model.video`, which says more than how frames are drawn."""
+        return cls(**{name.name: options[name.name] for name in fields(cls) if name.name in options})
 
 
 @dataclass(frozen=True)
@@ -80,21 +92,25 @@ def sample_frame_indices(total: int, native_fps: float | Fraction, policy: Video
     if total < 1:
         return []
     if policy.fps is None:
-        return _spread(total, policy.max_frames)
+        return _spread(total, policy.max_frames, policy.thinning)
     step = Fraction(native_fps) / Fraction(policy.fps)  # exact: the same count whatever machine computes it
     count = math.ceil(total / step)
     if count > policy.max_frames:
-        return _spread(total, policy.max_frames)
+        return _spread(total, policy.max_frames, policy.thinning)
     if count < policy.min_frames:
-        return _spread(total, policy.min_frames)
+        return _spread(total, policy.min_frames, policy.thinning)
     return list(range(total)) if step <= 1 else [math.floor(i * step) for i in range(count)]
 
 
-def _spread(total: int, count: int) -> list[int]:
+def _spread(total: int, count: int, thinning: Thinning = "even") -> list[int]:
     if count >= total:
         return list(range(total))
+    if thinning == "stride":
+        return list(range(0, total, total // count))[:count]
     if count == 1:
         return [(total - 1) // 2]
+    if thinning == "floor":
+        return [i * (total - 1) // (count - 1) for i in range(count)]
     return [
         (2 * i * (total - 1) + count - 1) // (2 * (count - 1)) for i in range(count)
     ]  # i*(total-1)/(count-1), rounded
@@ -203,23 +219,51 @@ def decode_video(
 ) -> tuple[list[np.ndarray], list[float]]:
     """Return the frames of ``indices`` (``(H, W, 3)`` uint8, upright) and the seconds they are shown at.
 
+    All frames are held; `stream_video` holds one.
+
+    Raises:
+        BadSampleError: As `stream_video`.
+    """
+    frames = list(stream_video(source, info, indices))
+    return [frame for frame, _ in frames], [time for _, time in frames]
+
+
+def stream_video(
+    source: str | Path | bytes | bytearray, info: VideoInfo, indices: Sequence[int]
+) -> Iterator[tuple[np.ndarray, float]]:
+    """Yield the frames of ``indices`` (``(H, W, 3)`` uint8, upright), each with the second it is shown at.
+
     Frame i of a video is the one on display at ``(i + 1/2) / fps``: the i-th where frames follow one another evenly,
-    the right one in time where they do not. Only the wanted frames are held.
+    the right one in time where they do not. Memory does not grow with the film.
 
     Raises:
         BadSampleError: Undecodable, or shorter than its container says.
     """
     targets = [info.start + (i + Fraction(1, 2)) / info.fps for i in indices]
-    frames = _display(source, info, targets, seek=True) or _display(source, info, targets, seek=False)
-    assert frames is not None  # without seeking there is no landing behind the target
-    return [frame for frame, _ in frames], [float(time - info.start) for _, time in frames]
+    done = 0
+    try:
+        for frame, time in _display(source, info, targets, seek=True):
+            done += 1
+            yield frame, float(time - info.start)
+    except _BehindError:
+        # without seeking there is no landing behind the target
+        for frame, time in _display(source, info, targets[done:], seek=False):
+            yield frame, float(time - info.start)
+
+
+class _BehindError(Exception):
+    """Seeking landed behind its target."""
 
 
 def _display(
     source: str | Path | bytes | bytearray, info: VideoInfo, targets: list[Fraction], seek: bool
-) -> list[tuple[np.ndarray, Fraction]] | None:
-    """Return the frame on display at each target; None when seeking landed behind one."""
-    found: list[tuple[np.ndarray, Fraction]] = []
+) -> Iterator[tuple[np.ndarray, Fraction]]:
+    """Yield the frame on display at each target.
+
+    Raises:
+        _BehindError: Seeking landed behind one.
+    """
+    last: tuple[np.ndarray, Fraction] | None = None
     slack = max(Fraction(1, 2), 3 / info.fps)  # containers round; more than this is a cut-off file
     with _open_video(source) as (container, stream):
         stream.thread_type = "AUTO"
@@ -232,7 +276,7 @@ def _display(
                 decoded = _decode(container, stream, info)
                 shown, ahead = None, next(decoded, None)
                 if ahead is None or ahead[0] > target:
-                    return None
+                    raise _BehindError
             while ahead is not None and ahead[0] <= target:
                 shown, ahead = ahead, next(decoded, None)
             if shown is None and ahead is None:
@@ -244,8 +288,8 @@ def _display(
                 )
             if frame.is_corrupt:
                 raise BadSampleError(f"corrupt frame at {float(time - info.start):.2f} s")
-            found.append(found[-1] if found and found[-1][1] == time else (_upright(frame), time))
-    return found
+            last = last if last is not None and last[1] == time else (_upright(frame), time)
+            yield last
 
 
 def _decode(container: InputContainer, stream: VideoStream, info: VideoInfo) -> Iterator[tuple[Fraction, VideoFrame]]:

@@ -6,8 +6,8 @@ spans that the chat template marks with ``{% generation %}``, mapped to tokens b
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,14 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from sparsevlm.connectors.base import connector_items, parse_connector
 from sparsevlm.data.collate import describe_items
-from sparsevlm.data.media import VideoPolicy, count_frames, image_size, load_image, load_video
+from sparsevlm.data.media import VideoFrames, VideoPolicy, count_frames, image_size, load_image
 from sparsevlm.data.sample import IGNORE_INDEX, BadSampleError, Encoded, Media, Sample
 from sparsevlm.model.configuration_sparsevlm import SparseVLMConfig
 from sparsevlm.model.generation import MEDIA_INPUTS
 from sparsevlm.model.layout import Medium, Tokens, expand, truncate
+from sparsevlm.model.prompt_media import per_text
+from sparsevlm.model.slice_text import SliceText
+from sparsevlm.model.video_text import Texts, VideoText, affordable_frames, interleave
 from sparsevlm.vision.preprocess import ImageSpec, preprocess_frames, preprocess_picture, tower_items
 from sparsevlm.vision.tokens import MediaKind
 
@@ -41,7 +44,7 @@ class SparseVLMProcessor(ProcessorMixin):
         tokenizer: Fast tokenizer that holds both placeholder tokens.
         visual: `ImageSpec` as a dict.
         connector: Connector blocks as in the recipe.
-        video: `VideoPolicy` as a dict.
+        video: A recipe's `model.video` as a dict.
         image_token: Placeholder of one image in a prompt.
         video_token: Placeholder of one video in a prompt.
         chat_template: Jinja template with ``{% generation %}`` around what the assistant says.
@@ -71,23 +74,39 @@ class SparseVLMProcessor(ProcessorMixin):
         self.image_token_id = _single_id(tokenizer, image_token)
         self.video_token_id = _single_id(tokenizer, video_token)
         self.image_spec = ImageSpec.from_dict(visual)
-        self.video_policy = VideoPolicy(**self.video)
+        self.video_policy = VideoPolicy.of(self.video)
         self.block_specs = parse_connector(connector)
+        self.slice_text = SliceText(tokenizer, self.image_spec.tiling)
+        if budget := self.video.get("max_tokens"):
+            frames = affordable_frames(self.image_spec, self.block_specs, self.video_policy, budget)
+            self.video_policy = replace(self.video_policy, max_frames=frames)
+        self.video_text = VideoText(tokenizer, self.video)
+        if self.video_text:
+            self.medium(MediaKind.VIDEO, 3, self._square(), texts=[((), ())] * 3)  # refused now, not at a video
 
     # ---- counting -----------------------------------------------------------------------------------------------
 
-    def medium(self, kind: MediaKind, num_frames: int = 1, size: tuple[int, int] | None = None) -> Medium:
+    def medium(
+        self,
+        kind: MediaKind,
+        num_frames: int = 1,
+        size: tuple[int, int] | None = None,
+        texts: Texts | None = None,
+    ) -> Medium:
         """Return the items of one medium and its tokens, from arithmetic alone.
 
         Args:
             kind: Media kind.
             num_frames: Frames of a video, views of a scene.
             size: ``(width, height)`` in pixels, where counts depend on it.
+            texts: Text tokens around each frame, where there are any.
         """
         shapes = tower_items(self.image_spec, kind, num_frames, size)
         placeholder = self.video_token_id if kind is MediaKind.VIDEO else self.image_token_id
         after = connector_items(self.block_specs, shapes)
-        return Medium(kind, tuple(shapes), placeholder, (sum(shape.grid.num_tokens for shape in after),))
+        if texts is not None:
+            return Medium(kind, tuple(shapes), placeholder, interleave(after, texts))
+        return Medium(kind, tuple(shapes), placeholder, self.slice_text.pieces(after))
 
     def count_visual(self, kind: MediaKind, num_frames: int = 1, size: tuple[int, int] | None = None) -> int:
         """Return the visual tokens that one medium puts into the prompt.
@@ -168,8 +187,18 @@ class SparseVLMProcessor(ProcessorMixin):
             {"role": message.role, "content": [_part(part) for part in message.content]} for message in sample.messages
         ]
         text, spans = self._render(messages, add_generation_prompt)
-        media = [self.medium(m.kind, *extent) for m, extent in zip(sample.media(), extents, strict=True)]
+        media = [self._medium(m, extent) for m, extent in zip(sample.media(), extents, strict=True)]
         return truncate(self._tokenise(text, spans, media), max_length)
+
+    def _medium(self, media: Media, extent: Extent) -> Medium:
+        """Return what stands for a medium that was read, or measured."""
+        texts = None
+        if media.kind is MediaKind.VIDEO and self.video_text:
+            texts = self.video_text.texts(media, self.video_policy)
+        return self.medium(media.kind, *extent, texts=texts)
+
+    def _square(self) -> tuple[int, int]:
+        return self.image_spec.image_size, self.image_spec.image_size
 
     def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> tuple[str, list[tuple[int, int]]]:
         """Render the chat template; return the text and the character spans that the assistant speaks."""
@@ -199,7 +228,7 @@ class SparseVLMProcessor(ProcessorMixin):
     def _read(self, media: Media) -> Sequence[Any]:
         """Return the frames of one medium."""
         if media.kind is MediaKind.VIDEO:
-            return load_video(media, self.video_policy)[0]
+            return VideoFrames(media, self.video_policy)
         if media.kind is MediaKind.MULTI_VIEW:
             return [load_image(Media(MediaKind.IMAGE, view)) for view in media.source]
         return [load_image(media)]
@@ -212,9 +241,10 @@ class SparseVLMProcessor(ProcessorMixin):
 
     def _extent(self, frames: Sequence[Any]) -> Extent:
         """Return what frames that were read count as."""
+        if not self.image_spec.needs_size:
+            return len(frames), None
         first = frames[0]
-        size = first.size if isinstance(first, Image.Image) else (first.shape[1], first.shape[0])
-        return len(frames), size if self.image_spec.needs_size else None
+        return len(frames), first.size if isinstance(first, Image.Image) else (first.shape[1], first.shape[0])
 
     def _measure(self, media: Media) -> Extent:
         """Return the same without decoding."""
@@ -278,8 +308,8 @@ class SparseVLMProcessor(ProcessorMixin):
         if text is None:
             raise ValueError("text is missing; a prompt needs at least its placeholders")
         texts = [text] if isinstance(text, str) else list(text)
-        batch_images = iter(_per_text(images, texts, self.image_token, "images"))
-        batch_videos = iter(_per_text(videos, texts, self.video_token, "videos"))
+        batch_images = iter(per_text(images, texts, self.image_token, "images"))
+        batch_videos = iter(per_text(videos, texts, self.video_token, "videos"))
         rows, frames = [], []
         for prompt in texts:
             sources = {self.image_token_id: iter(next(batch_images)), self.video_token_id: iter(next(batch_videos))}
@@ -292,8 +322,9 @@ class SparseVLMProcessor(ProcessorMixin):
                     source = source if kind is MediaKind.VIDEO else load_any_image(source)
                     if kind is MediaKind.VIDEO and isinstance(source, str):
                         source = Path(source)
-                    frames.append(self._read(Media(kind, source)))
-                    media.append(self.medium(kind, *self._extent(frames[-1])))
+                    given = Media(kind, source)
+                    frames.append(self._read(given))
+                    media.append(self._medium(given, self._extent(frames[-1])))
             rows.append(expand(encoding["input_ids"], encoding["offset_mapping"], [], media, self._placeholders()))
         data: dict[str, Any] = self._batch(rows, frames, padding_side or self.tokenizer.padding_side)
         if return_offsets_mapping:
@@ -332,36 +363,6 @@ def _part(part: str | Media) -> dict[str, Any]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
     return {"type": "video" if part.kind is MediaKind.VIDEO else "image"}
-
-
-def _per_text(media: Any, texts: Sequence[str], token: str, name: str) -> list[list[Any]]:
-    """Distribute media over texts by their placeholders."""
-    wanted = [text.count(token) for text in texts]
-    if media is None:
-        given: list[list[Any]] = [[] for _ in texts]
-    elif isinstance(media, (str, Path, Image.Image)) or hasattr(media, "shape"):
-        given = [[media]]
-    elif (
-        len(media) == len(texts)
-        and all(isinstance(m, (list, tuple)) for m in media)
-        and ([len(m) for m in media] == wanted)
-    ):
-        given = [list(m) for m in media]
-    else:
-        flat = iter(itertools.chain.from_iterable(m if _is_list_of_media(m, name) else [m] for m in media))
-        given = [list(itertools.islice(flat, n)) for n in wanted]
-        given[-1].extend(flat)
-    if [len(g) for g in given] != wanted:
-        raise ValueError(
-            f"prompts hold {wanted} {token} placeholders but {name} holds {[len(g) for g in given]}; "
-            f"write one {token} in the text for each"
-        )
-    return given
-
-
-def _is_list_of_media(value: Any, name: str) -> bool:
-    """Tell a list of images from one image (a list of frames is one video)."""
-    return name == "images" and isinstance(value, (list, tuple))
 
 
 def _no_target(length: int, max_length: int | None) -> str:

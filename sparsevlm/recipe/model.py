@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-from sparsevlm.recipe.section import CrossFault, Positive, Strict, nested_error, number
+from sparsevlm.recipe.section import CrossFault, Positive, Strict, nested_error
 from sparsevlm.recipe.tiling import Tiling
+from sparsevlm.recipe.video import Video
 from sparsevlm.registry import CONNECTOR_BLOCKS, UnknownNameError
 
 
@@ -64,25 +65,6 @@ class Language(Strict):
     attention: Literal["auto", "packed_sdpa", "sdpa", "flash_attention_2", "flash_attention_3", "eager"] = "auto"
     """Attention implementation. `auto`: flash_attention_2 where it is installed and a GPU is there, else packed_sdpa
     (causal SDPA per document of a packed row)."""
-
-
-class Video(Strict):
-    """How frames are drawn from videos."""
-
-    fps: float | None = Field(default=1.0, gt=0)
-    """Frames a second; null draws `max_frames` evenly whatever the length."""
-    min_frames: int = Field(default=1, ge=1)
-    """Shorter clips are sampled more densely to reach this many, as far as they have frames."""
-    max_frames: int = Field(default=64, ge=1)
-    """Longer clips are thinned evenly to this many."""
-
-    @classmethod
-    def cross_faults(cls, raw: dict[str, Any]) -> Iterator[CrossFault]:
-        """See `Strict`."""
-        fewest, most = number(raw.get("min_frames", 1)), number(raw.get("max_frames", 64))
-        if fewest is not None and most is not None and fewest > most:
-            at = "min_frames" if "min_frames" in raw else "max_frames"
-            yield (at,), f"min_frames {fewest} is more than max_frames {most}"
 
 
 class Model(Strict):

@@ -22,6 +22,7 @@ class CaptionFormat(DataFormat):
         video: Column of the video(s).
         text: Column of the caption, or of a list of captions; default: ``text``, else ``caption``.
         prompt: What the user asks after the picture: a text, or a list of which each row gets one; default: nothing.
+        subtitles: Column of the videos' files of subtitles, below the media root as well.
         start: Column of the second at which the row's video starts; default: none.
         end: Column of the second at which it ends; default: none.
     """
@@ -31,6 +32,7 @@ class CaptionFormat(DataFormat):
         "video": "video",
         "text": ("text", "caption"),
         "prompt": None,
+        "subtitles": "subtitles",
         "start": None,
         "end": None,
     }

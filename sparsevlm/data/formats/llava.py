@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from sparsevlm.data.columns import Columns
 from sparsevlm.data.formats import DataFormat, RowContext
-from sparsevlm.data.placeholders import IMAGE, VIDEO, Placeholders
+from sparsevlm.data.placeholders import IMAGE, VIDEO, VIEWS, Placeholders
 from sparsevlm.data.sample import BadSampleError, Sample
 from sparsevlm.data.turns import read_turns
 from sparsevlm.registry import DATA_FORMATS
@@ -26,6 +26,10 @@ class LlavaFormat(DataFormat):
         conversations: Column of the turns.
         image_token: Placeholder of a picture.
         video_token: Placeholder of a video; ``<image>`` where a collection uses that for both.
+        views: Column of the views of a scene, a list of pictures, or of a list of such lists.
+        poses: Column of the views' camera matrices (3 x 4 or 4 x 4 each), kept in `Media.meta`.
+        views_token: Placeholder of a scene.
+        subtitles: Column of the videos' files of subtitles, below the media root as well.
         start: Column of the second at which the row's video starts; default: none.
         end: Column of the second at which it ends; default: none.
     """
@@ -36,6 +40,10 @@ class LlavaFormat(DataFormat):
         "conversations": "conversations",
         "image_token": IMAGE,
         "video_token": VIDEO,
+        "views": "views",
+        "poses": "poses",
+        "views_token": VIEWS,
+        "subtitles": "subtitles",
         "start": None,
         "end": None,
     }
@@ -48,6 +56,8 @@ class LlavaFormat(DataFormat):
             columns.media(MediaKind.VIDEO, "video", context),
             self.options["image_token"],
             self.options["video_token"],
+            columns.views("views", "poses", context),
+            self.options["views_token"],
         )
         turns = columns.value("conversations")
         if turns is None:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from sparsevlm.data.columns import Columns
 from sparsevlm.data.formats import DataFormat, RowContext
-from sparsevlm.data.placeholders import IMAGE, VIDEO, Placeholders
+from sparsevlm.data.placeholders import IMAGE, VIDEO, VIEWS, Placeholders
 from sparsevlm.data.sample import BadSampleError, Sample
 from sparsevlm.data.turns import read_turns
 from sparsevlm.registry import DATA_FORMATS
@@ -19,7 +19,8 @@ class MessagesFormat(DataFormat):
 
     ``content`` is a text or a list of parts: ``{"type": "text", "text"}``, ``{"type": "image", "image" | "path" |
     "url"}``, ``{"type": "image_url", "image_url": {"url"}}`` (``data:`` URLs and relative paths; nothing is
-    downloaded), and the same with ``video``. A part that names no media, and a placeholder in a text, take the next one
+    downloaded), and the same with ``video``, which may have ``subtitles``; ``{"type": "views", "views": [...]}``, which
+    may have ``poses``. A part that names no media, and a placeholder in a text, take the next one
     of the row's ``images`` or ``videos``. ShareGPT's ``conversations`` with ``from`` and ``value`` are read as well.
 
     Options:
@@ -28,6 +29,10 @@ class MessagesFormat(DataFormat):
         videos: Column of the videos; default: ``videos``, else ``video``.
         image_token: Placeholder of a picture.
         video_token: Placeholder of a video.
+        views: Column of the views of a scene, a list of pictures, or of a list of such lists.
+        poses: Column of the views' camera matrices (3 x 4 or 4 x 4 each), kept in `Media.meta`.
+        views_token: Placeholder of a scene.
+        subtitles: Column of the videos' files of subtitles, below the media root as well.
     """
 
     defaults: ClassVar[dict[str, Any]] = {
@@ -36,6 +41,10 @@ class MessagesFormat(DataFormat):
         "videos": ("videos", "video"),
         "image_token": IMAGE,
         "video_token": VIDEO,
+        "views": "views",
+        "poses": "poses",
+        "views_token": VIEWS,
+        "subtitles": "subtitles",
     }
 
     def sample(self, row: Any, context: RowContext) -> Sample:
@@ -46,6 +55,8 @@ class MessagesFormat(DataFormat):
             columns.media(MediaKind.VIDEO, "videos", context),
             self.options["image_token"],
             self.options["video_token"],
+            columns.views("views", "poses", context),
+            self.options["views_token"],
         )
         turns = columns.value("messages")
         if turns is None:

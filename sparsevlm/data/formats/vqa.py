@@ -32,6 +32,7 @@ class VqaFormat(DataFormat):
         template: The user's text; ``{question}`` and ``{choices}`` are filled in. Default: the question; with choices,
             the question, a line for each and LLaVA's request for the letter.
         prompt: Text added after the question on a line of its own; default: none.
+        subtitles: Column of the videos' files of subtitles, below the media root as well.
         start: Column of the second at which the row's video starts; default: none.
         end: Column of the second at which it ends; default: none.
     """
@@ -44,6 +45,7 @@ class VqaFormat(DataFormat):
         "choices": "choices",
         "template": None,
         "prompt": None,
+        "subtitles": "subtitles",
         "start": None,
         "end": None,
     }
