@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,7 @@ class MergeCheck:
         change: Mean difference that the adapter itself makes to the base's logits.
         largest: Largest logit of the unmerged model.
         sample: What they were given.
+        in_memory: The model beside the written one is no base with an adapter on it, but the same sum in float32.
     """
 
     difference: float
@@ -45,11 +46,13 @@ class MergeCheck:
     change: float
     largest: float
     sample: str
+    in_memory: bool = False
 
     def describe(self) -> list[str]:
         """Return lines for the console."""
+        compared = "what was written and the same sum in memory" if self.in_memory else "merged and unmerged"
         return [
-            f"logits: merged and unmerged differ by at most {self.difference:.1e} (mean {self.mean:.1e}, largest logit "
+            f"logits: {compared} differ by at most {self.difference:.1e} (mean {self.mean:.1e}, largest logit "
             f"{self.largest:.1f}); the adapter changes the base's by {self.change:.1e} in the mean",
             f"  compared on {self.sample}, both models in float32",
         ]
@@ -99,7 +102,7 @@ def compare_combined(job: Job, result: Path) -> MergeCheck:
     samples, what = samples_of(job.base, result)
     merged = written_logits(job, result, samples)
     before, wanted = logits_in_memory(job, job.replayed.values(), samples)
-    return judged(merged, wanted, before, what, job.dtype)
+    return replace(judged(merged, wanted, before, what, job.dtype), in_memory=True)
 
 
 def written_logits(job: Job, result: Path, samples: list[dict[str, Tensor]]) -> list[Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -100,7 +100,7 @@ def compare_quantised(job: Job, adapter: AdapterFolder, result: Path) -> tuple[M
     samples, what = samples_of(job.base, result)
     written = written_logits(job, result, samples)
     before, wanted = logits_in_memory(job, job.replayed.values(), samples)
-    check = judged(written, wanted, before, what, job.dtype)
+    check = replace(judged(written, wanted, before, what, job.dtype), in_memory=True)
     if find_spec("bitsandbytes") is None:
         return check, None
     others = () if job.replayed else job.settings.weights

@@ -262,5 +262,6 @@ def test_command(pair: list[Path], llama: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     text = " ".join(done.output.split())
     assert "cat (weights 0.5, 0.5)" in text and "9 merged" in text and f"-> {llama}" in text
+    assert "what was written and the same sum in memory differ" in text, "no model with two adapters was beside it"
     alone = CliRunner().invoke(app, ["merge", str(pair[0]), str(tmp_path / "one"), "--method", "ties"])
     assert alone.exit_code == 2 and "combines several adapters" in alone.output
