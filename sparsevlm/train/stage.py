@@ -325,15 +325,15 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _float16(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights as they are saved in float16; counts, and the routers' balance, stay in their types."""
+    """Return weights as they are saved in float16; counts, the routers' balance and adapters stay in their types."""
     import torch
 
     from sparsevlm.moe.router import KEEP_FLOAT32
 
-    return {
-        name: tensor.to(torch.float16) if tensor.is_floating_point() and not name.endswith(KEEP_FLOAT32) else tensor
-        for name, tensor in state.items()
-    }
+    def rounded(name: str, tensor: Tensor) -> bool:
+        return tensor.is_floating_point() and not name.endswith(KEEP_FLOAT32) and not is_adapter_parameter(name)
+
+    return {name: tensor.to(torch.float16) if rounded(name, tensor) else tensor for name, tensor in state.items()}
 
 
 def _declare_dtype(config: Path, dtype: str) -> None:

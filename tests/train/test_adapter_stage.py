@@ -24,6 +24,7 @@ from sparsevlm.rundir import COMPLETE, resolve_model
 from sparsevlm.train.launch import train
 from sparsevlm.train.parts import parameter_groups, select_trainable
 from sparsevlm.train.plan import plan
+from sparsevlm.train.stage import _float16
 from tests.train.runs import metrics, write_recipe
 from tests.train.test_launch import COMPARED, killed, on_step
 
@@ -284,3 +285,10 @@ def test_what_does_not_fit_is_refused_at_its_line(
         plan(load_recipe(file))
     faults = [fault for fault in caught.value.faults if fault.path == f"stages.lora.{where}"]
     assert any(message in fault.message for fault in faults), caught.value
+
+
+def test_a_float16_recipe_keeps_adapters_in_float32() -> None:
+    held = {"model.a.lora_B.default.weight": torch.full((2,), 1e-8), "model.connector.0.weight": torch.ones(2)}
+    saved = _float16(held)
+    assert [tensor.dtype for tensor in saved.values()] == [torch.float32, torch.float16]
+    assert torch.equal(saved["model.a.lora_B.default.weight"], held["model.a.lora_B.default.weight"])
