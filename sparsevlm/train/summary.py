@@ -123,7 +123,7 @@ def print_run(rows: Sequence[StageSummary], console: Console) -> None:
             short(row.tokens_per_second),
             f"{row.seconds:.0f}",
         )
-    console.print(table)
+    console.print(table, crop=False)  # long names of stages would push the last columns out of 80 characters
     kinds = {kind: cell for row in rows for kind, cell in row.eval.items()}
     if not kinds:
         return
@@ -145,7 +145,7 @@ def print_run(rows: Sequence[StageSummary], console: Console) -> None:
     if core:
         table.add_section()
         table.add_row("core", *_core_cells(rows, kinds, core))
-    console.print(table)
+    console.print(table, crop=False)
 
 
 def _core_cells(rows: Sequence[StageSummary], kinds: dict[str, Any], core: Sequence[str]) -> list[str]:

@@ -115,6 +115,16 @@ def test_the_tables_fit_a_terminal_and_show_every_stage(finished: Path) -> None:
     assert "…" not in shown
 
 
+def test_a_long_name_of_a_stage_cuts_no_column_off() -> None:
+    from rich.console import Console
+
+    counts = {"total": 1_520_000, "trainable": 430_000, "activated": 1_340_000}
+    row = StageSummary("lora_experts", 98_765.0, 0.75, 0.58, 858.0, counts, trains=("adapter", "connector"))
+    text = io.StringIO()
+    print_run([row], Console(file=text, width=80))
+    assert "98765" in text.getvalue()
+
+
 # ---- started again ---------------------------------------------------------------------------------------------------
 
 
