@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sparsevlm.adapters.saved import PARENT, QUANTISATION, read_parent
 from sparsevlm.export.hub_files import Source
 
 if TYPE_CHECKING:
@@ -40,6 +41,12 @@ def adapter_summary(source: Source, base: Base, about: str) -> str:
     if base.folder and not base.beside:
         where += f" (folder `{base.folder}`)"
     words = f"{'An' if name[:1] in 'aeio' else 'A'} {name} adapter{size} for {where}, without which it is of no use."
+    quantised = read_parent(source.model).get(QUANTISATION) if (source.model / PARENT).is_file() else None
+    if quantised:
+        words += (
+            f" It was trained on weights in {quantised['kind']}: `load_model` quantises them in the same way, which "
+            "needs bitsandbytes; `load_model(..., quantised=False)` and PEFT take them as they are stored."
+        )
     return f"{words} The base: {about[:1].lower()}{about[1:]}" if about else words
 
 

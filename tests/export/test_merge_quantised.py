@@ -82,3 +82,10 @@ def test_refusals(trained: tuple[str, Path, Path], tmp_path: Path) -> None:
     finally:
         (adapter / "parent.json").write_text(json.dumps(record))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_card_says_what_the_weights_were_in_training(trained: tuple[str, Path, Path]) -> None:
+    from sparsevlm.export import hub
+
+    kind, _, adapter = trained
+    assert f"It was trained on weights in {kind}: " in hub.prepare(str(adapter), "me/tiny").card
