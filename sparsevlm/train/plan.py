@@ -7,10 +7,12 @@ model (widths that do not meet, layers that are not there) are reported as the l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from sparsevlm.adapters.attach import AdapterReport
 from sparsevlm.model.modeling_sparsevlm import SparseVLMForConditionalGeneration
 from sparsevlm.recipe.hub import describe_hub
 from sparsevlm.recipe.load import RecipeError
@@ -19,6 +21,7 @@ from sparsevlm.train.check import ModelCheck, count_visual, parse_medium
 from sparsevlm.train.expert_parallel import find_faults, find_model_faults, ranks_of_experts
 from sparsevlm.train.flops import Shape, Tower, flops_per_step, measure_tower, memory_per_rank
 from sparsevlm.train.parts import count_parameters, select_trainable
+from sparsevlm.train.prepare import training_dtype
 
 DEFAULT_MEDIA = ("640x480", "16f@640x480")
 """What visual tokens are counted for when nothing is asked for."""
@@ -67,12 +70,19 @@ def plan(recipe: Recipe, media: Sequence[str] = (), *, world: int = 1) -> dict[s
         tokens = {medium.name: count_visual(recipe, pictures, medium) for medium in counted}
         shape = check.shape(name, stage, pictures, counted[0], packable, world)
         entry = _describe(model, tower, recipe, name, stage, shape, tokens, world)
-        attached = check.adapters.get(name)
-        stages.append(entry | {"adapter": attached.describe() if attached else None})
+        stages.append(entry | {"adapter": _describe_adapter(check.adapters.get(name), recipe)})
     if check.faults:
         raise RecipeError(check.faults)
     uploads = None if recipe.hub is None else describe_hub(recipe.hub, list(recipe.stages))
     return {"recipe": recipe.name, "stages": stages, "hub": uploads, "notes": check.notes}
+
+
+def _describe_adapter(report: AdapterReport | None, recipe: Recipe) -> str | None:
+    """Return the line that training prints of an adapter."""
+    if report is not None and report.quantised is not None:  # here parts have the type of their files, not training's
+        before = report.quantised.parameters * training_dtype(recipe).itemsize
+        report = replace(report, quantised=replace(report.quantised, before=before))
+    return None if report is None else report.describe()
 
 
 def _describe(

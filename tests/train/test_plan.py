@@ -108,6 +108,13 @@ def test_lavin_trains_exactly_what_the_published_code_trains(name, published):
     assert stage["lr"] == {"adapter": 9e-3 * 32 / 256, "connector": 9e-3 * 32 / 256}
 
 
+def test_the_adapters_line_is_the_one_that_training_prints():
+    """Weights are 32 bits before, whatever the parts' files hold (bfloat16 here)."""
+    pytest.importorskip("bitsandbytes")
+    stage = stage_of(plan(load_recipe("recipes/quickstart_qlora.yaml"), ["640x480"]), "qlora")
+    assert stage["adapter"].endswith("28 linear layers in nf4: 790,528 parameters, 3.0 -> 0.4 MiB")
+
+
 def test_chat_univi_token_counts():
     media = ["640x480", "1f@9x9", "2f@9x9", "3f@9x9", "16f@9x9", "17f@9x9", "48f@9x9", "64f@9x9", "500f@9x9"]
     recipe = load_recipe("recipes/chat_univi/7b.yaml")
