@@ -88,3 +88,6 @@ class UhdTiling(_Tiling):
 
 Tiling = Annotated[MonkeyTiling | AnyresTiling | OneVisionTiling | UhdTiling, Field(discriminator="type")]
 """What `tiling` may be."""
+
+STRETCHED = ("monkey", "uhd")
+"""Types whose slices leave the picture's aspect ratio: no part of them is padding."""

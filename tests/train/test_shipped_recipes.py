@@ -40,7 +40,7 @@ def shrink(recipe: Recipe, parts: dict[str, str], records: Path) -> dict[str, An
     raw["output"], raw["report_to"], raw["evals"] = str(records.parent / "run"), [], {}
     vision = raw["model"]["vision"]
     raw["model"]["vision"] = {"path": parts["vision"]} | {
-        k: vision[k] for k in ("layer", "select", "resize") if k in vision
+        k: vision[k] for k in ("layer", "select", "resize", "tiling") if k in vision
     }
     if isinstance(vision.get("layer"), list):
         raw["model"]["vision"]["layer"] = [1 + i % 2 for i in range(len(vision["layer"]))]
