@@ -102,15 +102,14 @@ def _matches(name: str, pattern: str) -> bool:
 def _nothing(target: str, known: dict[str, str]) -> str:
     """Say that a target matches nothing, and what would."""
     parts = sorted({part for part in known.values() if part})
-    layers = sorted({name.rpartition(".")[2] for name in known})
+    layers = sorted({name.rpartition(".")[2] for name in known if not name.rpartition(".")[2].isdecimal()})
     if target in PARTS:
         reason = {"moe": "the model has no MoE layers", "vision": "the tower has no linear layers"}
         what = reason.get(target.split(".")[0], "the model has nothing of that part")
         return f"target {target!r} matches nothing: {what} (it has {', '.join(parts)})"
     near = suggest(target, [*PARTS, *layers, *known])
-    return (
-        f"target {target!r} matches nothing{near}; parts of this model: {', '.join(parts)}; layers: {', '.join(layers)}"
-    )
+    there = f"parts of this model: {', '.join(parts)}; layers: {', '.join(layers)}"
+    return f"target {target!r} matches nothing{near or ''}{' (' if near else '; '}{there}{')' if near else ''}"
 
 
 def _modules(model: Any) -> Iterator[tuple[str, str]]:

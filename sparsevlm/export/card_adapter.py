@@ -10,7 +10,13 @@ from sparsevlm.export.hub_files import Source
 if TYPE_CHECKING:
     from sparsevlm.export.hub_adapter import Base
 
-_NAMES = {"LORA": "LoRA", "MMA": "mixture-of-modality"}
+_NAMES = {
+    "LORA": "LoRA",
+    "MMA": "mixture-of-modality",
+    "LORA_EXPERTS": "LoRA-experts",
+    "PARTIAL_LORA": "partial LoRA",
+    "SLICE_LORA": "slice LoRA",
+}
 
 
 def is_pefts_own(source: Source) -> bool:

@@ -255,12 +255,25 @@ class ModelCheck:
             except ValueError as error:
                 self.fault(("stages", name, "adapter"), error)
                 return False
+            self._rank(model, name, stage.adapter)
         try:
             select_trainable(model, stage.trains)
         except ValueError as error:
             self.fault(("stages", name, "trains"), error)
             return False
         return True
+
+    def _rank(self, model: Any, name: str, adapter: Any) -> None:
+        """Note a rank that makes additions larger than what they add to."""
+        rank = getattr(adapter, "r", 0)
+        layers = [model.get_submodule(module) for module in self.adapters[name].modules] if rank else []
+        sides = [min(layer.in_features, layer.out_features) for layer in layers if hasattr(layer, "in_features")]
+        full = sum(rank >= side for side in sides)
+        if full:
+            self.notes.append(
+                f"stages.{name}.adapter: r: {rank} is no low rank for {full} of {len(layers)} modules, whose smaller "
+                f"side is {min(sides)} at the least: their additions have more parameters than they have"
+            )
 
     def packing(self, model: Any) -> bool:
         """Tell whether `packing: auto` packs, and refuse `packing: true` where documents of a row would see each other.

@@ -52,7 +52,7 @@ def edited(adapter: Path, out: Path, edit: Callable[[dict[str, Any]], None]) -> 
     ("options", "match"),
     [
         ({"peft_type": "MMA"}, "MMA adapter, which has no merged form: its router.*Keep it as an adapter"),
-        ({"peft_type": "MMA"}, "PeftModel.from_pretrained, upload it with sparsevlm push --adapter-only"),
+        ({"peft_type": "MMA"}, "PeftModel.from_pretrained, upload it with its base by sparsevlm push .*--adapter-only"),
         ({"peft_type": "PARTIAL_LORA"}, "PARTIAL_LORA adapter, .*: only image tokens pass it"),
         ({"peft_type": "SLICE_LORA"}, "SLICE_LORA adapter, .*: each slice of a picture"),
         ({"peft_type": "LORA_EXPERTS"}, "LORA_EXPERTS adapter, .*: a router chooses its experts"),

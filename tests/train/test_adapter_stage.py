@@ -292,3 +292,11 @@ def test_a_float16_recipe_keeps_adapters_in_float32() -> None:
     saved = _float16(held)
     assert [tensor.dtype for tensor in saved.values()] == [torch.float32, torch.float16]
     assert torch.equal(saved["model.a.lora_B.default.weight"], held["model.a.lora_B.default.weight"])
+
+
+def test_a_rank_as_wide_as_its_matrices_is_noted(tiny_parts: dict[str, str], tmp_path: Path) -> None:
+    for rank, noted in ((4, False), (32, True)):
+        file = recipe_of(tmp_path, tiny_parts, only=["align"], r=rank, targets=["language.attention"])
+        notes = [note for note in plan(load_recipe(file))["notes"] if "no low rank" in note]
+        assert bool(notes) == noted
+        assert not noted or "8 of 8 modules, whose smaller side is 16" in notes[0]
