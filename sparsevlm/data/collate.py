@@ -27,8 +27,9 @@ class Collator:
     Both: ``input_ids``, ``labels``, and where there are media ``pixel_values`` ``(F, 3, H, W)``, ``image_grid_thw``
     ``(I, 3)``, ``media_kinds`` ``(I,)`` and ``media_owners`` ``(I,)`` (the document of each item; in padded batches
     that is the row); where pictures are cut also ``media_places`` ``(I, 7)``: the medium of each item in the batch, and
-    its `Place`. The label of a document's first token is ignored: nothing precedes it, and in a packed row the
-    end of another document would be trained to predict it.
+    its `Place`; where the connector looks at text ``guide_ids`` and ``guide_mask`` ``(G, L)``, a text a medium, and
+    ``media_guides`` ``(I,)``, the text of each item. The label of a document's first token is ignored: nothing precedes
+    it, and in a packed row the end of another document would be trained to predict it.
 
     A batch without any sample (all of its samples could not be read, or the last step of an epoch has fewer rows)
     holds one padding token and no target, so that every process still takes part in the step.
@@ -89,11 +90,19 @@ def _media(documents: Sequence[Encoded]) -> dict[str, Tensor]:
         return {}
     frames = sum(item.grid.t for document in documents for item in document.items)
     assert sum(p.shape[0] for p in pixels) == frames, "frames and tower grids disagree"
-    return {"pixel_values": torch.cat(pixels), **describe_items([document.items for document in documents])}
+    described = describe_items([document.items for document in documents], [document.guides for document in documents])
+    return {"pixel_values": torch.cat(pixels), **described}
 
 
-def describe_items(documents: Sequence[Sequence[ItemShape]]) -> dict[str, Tensor]:
-    """Return what a batch says of its visual items, the documents one after the other; see `Collator`."""
+def describe_items(
+    documents: Sequence[Sequence[ItemShape]], guides: Sequence[Sequence[Sequence[int]]] = ()
+) -> dict[str, Tensor]:
+    """Return what a batch says of its visual items, the documents one after the other; see `Collator`.
+
+    Args:
+        documents: Items of each document.
+        guides: Of each document, token ids of each medium's text; nothing where there are no text-guided blocks.
+    """
     items = [(owner, item) for owner, document in enumerate(documents) for item in document]
     described = {
         "image_grid_thw": torch.tensor([tuple(item.grid) for _, item in items], dtype=torch.long),  # (I, 3)
@@ -104,4 +113,11 @@ def describe_items(documents: Sequence[Sequence[ItemShape]]) -> dict[str, Tensor
         media = {key: i for i, key in enumerate(dict.fromkeys((owner, item.medium) for owner, item in items))}
         places = [(media[owner, item.medium], *(item.place or NO_PLACE)) for owner, item in items]
         described["media_places"] = torch.tensor(places)  # (I, 7)
+    texts = {(owner, medium): ids for owner, own in enumerate(guides) for medium, ids in enumerate(own)}
+    if texts:
+        longest = max(1, *map(len, texts.values()))
+        numbers = {key: number for number, key in enumerate(texts)}
+        described["guide_ids"] = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in texts.values()])  # (G, L)
+        described["guide_mask"] = torch.tensor([[1] * len(i) + [0] * (longest - len(i)) for i in texts.values()])
+        described["media_guides"] = torch.tensor([numbers[owner, item.medium] for owner, item in items])  # (I,)
     return described

@@ -96,6 +96,7 @@ class Encoded:
         items: Visual items as they come to the tower (``t`` of a grid counts frames), media counted from 0.
         visual_lengths: Visual tokens of each medium after the connector.
         sample_id: ``source/id`` for reports.
+        guides: Token ids of the text that each medium is asked about, where the connector looks at it; else empty.
     """
 
     input_ids: Tensor
@@ -104,6 +105,7 @@ class Encoded:
     items: tuple[ItemShape, ...] = ()
     visual_lengths: tuple[int, ...] = ()
     sample_id: str = ""
+    guides: tuple[tuple[int, ...], ...] = ()
 
     @property
     def grids(self) -> tuple[Grid, ...]:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from sparsevlm.adapters.attach import load_adapter
 from sparsevlm.adapters.quantise import Settings, quantise
 from sparsevlm.adapters.saved import ADAPTER_CONFIG, QUANTISATION, find_parent, is_adapter, read_parent
+from sparsevlm.connectors.base import parse_connector
 from sparsevlm.model.attention import supports_packed_sdpa
 from sparsevlm.model.configuration_sparsevlm import SparseVLMConfig
 from sparsevlm.model.modeling_sparsevlm import SparseVLMForConditionalGeneration, build_connector
@@ -203,7 +204,10 @@ def build_model(
         ours = SparseVLMForConditionalGeneration(config)
     ours.model.vision_tower = tower
     ours.model.language_model = source.base_model
-    ours.model.connector = build_connector(config).to(dtype)
+    ours.model.connector = build_connector(config)
+    for spec, block in zip(parse_connector(config.connector or []), ours.model.connector, strict=True):
+        spec.load_pretrained(block)
+    ours.model.connector.to(dtype)
     ours.set_output_embeddings(head)
     ours.tie_weights()
     ours.generation_config = source.generation_config

@@ -5,8 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MEDIA_INPUTS = ("pixel_values", "image_grid_thw", "media_kinds", "media_owners", "media_places")
-"""Model inputs whose first dimension is frames or visual items, not rows."""
+GUIDE_INPUTS = ("guide_ids", "guide_mask")
+"""Model inputs whose first dimension is texts; `media_guides` says which item has which."""
+
+MEDIA_INPUTS = (
+    "pixel_values",
+    "image_grid_thw",
+    "media_kinds",
+    "media_owners",
+    "media_places",
+    *GUIDE_INPUTS,
+    "media_guides",
+)
+"""Model inputs whose first dimension is frames, visual items or their texts, not rows."""
 
 
 def repeat_media(media: dict[str, Tensor], copies: int) -> dict[str, Tensor]:
@@ -30,7 +41,9 @@ def repeat_media(media: dict[str, Tensor], copies: int) -> dict[str, Tensor]:
             rows += [row * copies + copy] * len(items)
             media_of += [of[i] * copies + copy for i in items]
     index = torch.tensor(order, device=media["image_grid_thw"].device)
-    repeated = {key: value[index] for key, value in media.items() if key not in ("pixel_values", "media_owners")}
+    kept = ("pixel_values", "media_owners", *GUIDE_INPUTS)  # all rows may look at the same texts
+    repeated = {key: value[index] for key, value in media.items() if key not in kept}
+    repeated |= {key: media[key] for key in GUIDE_INPUTS if key in media}
     repeated["pixel_values"] = torch.cat([frames[i] for i in order])
     if "media_places" in media:
         repeated["media_places"][:, 0] = torch.tensor(media_of, device=index.device)

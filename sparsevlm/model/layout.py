@@ -24,12 +24,14 @@ class Medium:
         shapes: Its items as they come to the tower, before the connector.
         placeholder: Token id that is repeated for each visual token.
         pieces: Visual tokens, after the connector, and the text between them.
+        guide: Token ids of the text that it is asked about, where the connector looks at it.
     """
 
     kind: MediaKind
     shapes: tuple[ItemShape, ...]
     placeholder: int
     pieces: tuple[Piece, ...]
+    guide: tuple[int, ...] | None = None
 
     @property
     def num_tokens(self) -> int:

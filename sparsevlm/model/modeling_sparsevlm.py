@@ -22,7 +22,7 @@ from sparsevlm.model.configuration_sparsevlm import SparseVLMConfig
 from sparsevlm.model.generation import MEDIA_INPUTS, repeat_media
 from sparsevlm.model.outputs import SparseVLMCausalLMOutput, SparseVLMModelOutput, routing_columns
 from sparsevlm.model.sparse import MoePreTrainedModel
-from sparsevlm.model.visual import VisualMixin, read_items
+from sparsevlm.model.visual import VisualMixin, read_guides, read_items
 from sparsevlm.moe.block import install_moe
 from sparsevlm.moe.groups import Settings, router_groups
 from sparsevlm.moe.losses import add_routing_losses, wants_losses
@@ -91,6 +91,9 @@ class SparseVLMModel(VisualMixin, SparseVLMPreTrainedModel):
         media_kinds: Tensor | None = None,
         media_owners: Tensor | None = None,
         media_places: Tensor | None = None,
+        guide_ids: Tensor | None = None,
+        guide_mask: Tensor | None = None,
+        media_guides: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -108,6 +111,9 @@ class SparseVLMModel(VisualMixin, SparseVLMPreTrainedModel):
             media_kinds: ``(I,)`` index into `MEDIA_KINDS`; default image.
             media_owners: ``(I,)`` document of each item; default 0, 1, 2, ….
             media_places: ``(I, 7)`` medium of each item and its `Place`; default: each item is a medium.
+            guide_ids: ``(G, L)`` texts for connector blocks that look at text.
+            guide_mask: ``(G, L)``, 0 for their padding.
+            media_guides: ``(I,)`` text of each item.
             attention_mask: ``(B, T)``, or None for packed rows.
             position_ids: ``(B, T)``; restarts at every document of a packed row.
             past_key_values: Cache.
@@ -127,7 +133,7 @@ class SparseVLMModel(VisualMixin, SparseVLMPreTrainedModel):
             if input_ids is None or image_grid_thw is None:
                 raise ValueError("pixel_values need input_ids (to find their places) and image_grid_thw")
             items = read_items(image_grid_thw, media_kinds, media_owners, media_places)
-            tokens = self.encode_media(pixel_values, *items)
+            tokens = self.encode_media(pixel_values, *items, read_guides(guide_ids, guide_mask, media_guides))
             image_hidden_states = tokens.features
             inputs_embeds = self.write_media(input_ids, inputs_embeds, tokens)
         elif self.training and torch.is_grad_enabled():
@@ -203,6 +209,9 @@ class SparseVLMForConditionalGeneration(SparseVLMPreTrainedModel, GenerationMixi
         media_kinds: Tensor | None = None,
         media_owners: Tensor | None = None,
         media_places: Tensor | None = None,
+        guide_ids: Tensor | None = None,
+        guide_mask: Tensor | None = None,
+        media_guides: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -223,6 +232,9 @@ class SparseVLMForConditionalGeneration(SparseVLMPreTrainedModel, GenerationMixi
             media_kinds: As there.
             media_owners: As there.
             media_places: As there.
+            guide_ids: As there.
+            guide_mask: As there.
+            media_guides: As there.
             attention_mask: As there.
             position_ids: As there.
             past_key_values: As there.
@@ -245,6 +257,9 @@ class SparseVLMForConditionalGeneration(SparseVLMPreTrainedModel, GenerationMixi
             media_kinds=media_kinds,
             media_owners=media_owners,
             media_places=media_places,
+            guide_ids=guide_ids,
+            guide_mask=guide_mask,
+            media_guides=media_guides,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,

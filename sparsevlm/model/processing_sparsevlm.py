@@ -18,12 +18,13 @@ from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 from transformers.image_utils import load_image as load_any_image
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from sparsevlm.connectors.base import connector_items, parse_connector
+from sparsevlm.connectors.base import connector_guide, connector_items, parse_connector
 from sparsevlm.data.collate import describe_items
 from sparsevlm.data.media import VideoFrames, VideoPolicy, count_frames, image_size, load_image
 from sparsevlm.data.sample import IGNORE_INDEX, BadSampleError, Encoded, Media, Sample
 from sparsevlm.model.configuration_sparsevlm import SparseVLMConfig
 from sparsevlm.model.generation import MEDIA_INPUTS
+from sparsevlm.model.guides import NO_MARKS, GuideEncoder, guide_ids, turn_marks
 from sparsevlm.model.layout import Medium, Tokens, expand, truncate
 from sparsevlm.model.prompt_media import per_text
 from sparsevlm.model.slice_text import SliceText
@@ -48,6 +49,8 @@ class SparseVLMProcessor(ProcessorMixin):
         image_token: Placeholder of one image in a prompt.
         video_token: Placeholder of one video in a prompt.
         chat_template: Jinja template with ``{% generation %}`` around what the assistant says.
+        guide_words: Tokenizer of text-guided connector blocks, serialised, where they have another than the language
+            model's; default: read from where the block says.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class SparseVLMProcessor(ProcessorMixin):
         image_token: str = "<image>",
         video_token: str = "<video>",
         chat_template: str | None = None,
+        guide_words: str | None = None,
     ) -> None:
         super().__init__(tokenizer, chat_template=chat_template)
         self.visual = visual
@@ -76,6 +80,9 @@ class SparseVLMProcessor(ProcessorMixin):
         self.image_spec = ImageSpec.from_dict(visual)
         self.video_policy = VideoPolicy.of(self.video)
         self.block_specs = parse_connector(connector)
+        wanted = connector_guide(self.block_specs)
+        self.guides = GuideEncoder(wanted, tokenizer, self._placeholders(), guide_words)
+        self.guide_words = self.guides.saved
         self.slice_text = SliceText(tokenizer, self.image_spec.tiling)
         if budget := self.video.get("max_tokens"):
             frames = affordable_frames(self.image_spec, self.block_specs, self.video_policy, budget)
@@ -144,6 +151,7 @@ class SparseVLMProcessor(ProcessorMixin):
             items=tuple(items),
             visual_lengths=tuple(medium.num_tokens for medium in tokens.media),
             sample_id=f"{sample.source}/{sample.id}" if sample.source else sample.id,
+            guides=guide_ids(tokens.media),
         )
         if encoded.num_targets == 0:
             raise BadSampleError(_no_target(len(tokens.ids), max_length))
@@ -188,6 +196,7 @@ class SparseVLMProcessor(ProcessorMixin):
         ]
         text, spans = self._render(messages, add_generation_prompt)
         media = [self._medium(m, extent) for m, extent in zip(sample.media(), extents, strict=True)]
+        media = self.guides.of_sample(sample, media)
         return truncate(self._tokenise(text, spans, media), max_length)
 
     def _medium(self, media: Media, extent: Extent) -> Medium:
@@ -270,7 +279,7 @@ class SparseVLMProcessor(ProcessorMixin):
         if any(items):
             media = [medium for row in rows for medium in row.media]
             batch["pixel_values"] = torch.cat(list(map(self._pixels, frames, media)))
-            batch |= describe_items(items)
+            batch |= describe_items(items, [guide_ids(row.media) for row in rows])
         return batch
 
     # ---- the interface of transformers ---------------------------------------------------------------------------
@@ -325,6 +334,7 @@ class SparseVLMProcessor(ProcessorMixin):
                     given = Media(kind, source)
                     frames.append(self._read(given))
                     media.append(self._medium(given, self._extent(frames[-1])))
+            media = self.guides.of_prompt(prompt, media, self._turn_marks)
             rows.append(expand(encoding["input_ids"], encoding["offset_mapping"], [], media, self._placeholders()))
         data: dict[str, Any] = self._batch(rows, frames, padding_side or self.tokenizer.padding_side)
         if return_offsets_mapping:
@@ -335,6 +345,10 @@ class SparseVLMProcessor(ProcessorMixin):
                 pad + row.offsets if left else row.offsets + pad for pad, row in zip(pads, rows, strict=True)
             ]
         return BatchFeature(data)
+
+    def _turn_marks(self) -> tuple[str, str, str]:
+        has_template = isinstance(self.chat_template, str)
+        return turn_marks(lambda turns: self._render(turns, False)[0]) if has_template else NO_MARKS
 
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
         """Render (and tokenise) conversations; see transformers. Placeholder names are this processor's."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsevlm.connectors.base import connector_guide, parse_connector
 from sparsevlm.vision.encoder import default_image_size, encode_frames, output_grid
 from sparsevlm.vision.frames import encoding, frame_positions
 from sparsevlm.vision.tokens import MEDIA_KINDS, NO_PLACE, Grid, Guides, ItemShape, MediaKind, Place, VisualTokens
@@ -30,6 +31,13 @@ def read_items(
         read = [Place(*row[1:]) for row in media_places.tolist()]
         places = [None if place == NO_PLACE else place for place in read]
     return [ItemShape(*each) for each in zip(grids, kinds, media, places, strict=True)], tuple(owners)
+
+
+def read_guides(guide_ids: Tensor | None, guide_mask: Tensor | None, media_guides: Tensor | None) -> Guides | None:
+    """Return the texts of a batch, from the tensors that `Collator` makes of them."""
+    if guide_ids is None or guide_mask is None or media_guides is None:
+        return None
+    return Guides(guide_ids, guide_mask, tuple(media_guides.tolist()))
 
 
 class VisualMixin:
@@ -80,7 +88,11 @@ class VisualMixin:
         h, w = output_grid(config.vision_config, size, config.vision_feature_layer, config.vision_feature_select)
         dtype = next(self.vision_tower.parameters()).dtype
         pixels = torch.zeros(1, 3, size, size, dtype=dtype, device=inputs_embeds.device)
-        tokens = self.encode_media(pixels, [ItemShape(Grid(1, h, w), MediaKind.IMAGE)], [0])
+        guides = None
+        if connector_guide(parse_connector(config.connector)) is not None:
+            text = torch.zeros(1, 1, dtype=torch.long, device=inputs_embeds.device)
+            guides = Guides(text, text + 1, (0,))
+        tokens = self.encode_media(pixels, [ItemShape(Grid(1, h, w), MediaKind.IMAGE)], [0], guides)
         return inputs_embeds + 0.0 * tokens.features.sum().to(inputs_embeds.dtype)
 
     def write_media(self, input_ids: Tensor, inputs_embeds: Tensor, tokens: VisualTokens) -> Tensor:
