@@ -85,19 +85,25 @@ def interleave(items: Sequence[ItemShape], texts: Texts) -> tuple[Piece, ...]:
 
 
 def affordable_frames(spec: ImageSpec, blocks: Sequence[BlockSpec], policy: VideoPolicy, max_tokens: int) -> int:
-    """Return the most frames, up to the policy's, whose visual tokens fit a budget.
+    """Return the most frames, up to the policy's, with which no video is above a budget of visual tokens.
 
     Raises:
-        ValueError: Not even `min_frames` do.
+        ValueError: Not even `min_frames` are within it, or the tokens of a frame depend on its size.
     """
-    size = (spec.image_size, spec.image_size)
-    fewest = 0
-    for frames in range(policy.max_frames, policy.min_frames - 1, -1):
+    if getattr(spec, "native", None) is not None:
+        raise ValueError(
+            "model.video.max_tokens needs frames of one size, and with resize: native a frame's tokens follow its own; "
+            "limit max_frames instead"
+        )
+    tokens, size = 0, (spec.image_size, spec.image_size)
+    for frames in range(1, policy.max_frames + 1):  # upwards: many frames may be fewer tokens than some
         items = connector_items(blocks, tower_items(spec, MediaKind.VIDEO, frames, size))
-        fewest = sum(item.grid.num_tokens for item in items)
-        if fewest <= max_tokens:
-            return frames
-    raise ValueError(
-        f"model.video.max_tokens is {max_tokens}, but {policy.min_frames} frames (min_frames) are {fewest} visual "
-        "tokens; raise it, or add a block that makes fewer tokens of a frame"
-    )
+        tokens = sum(item.grid.num_tokens for item in items)
+        if tokens > max_tokens:
+            if frames <= policy.min_frames:
+                raise ValueError(
+                    f"model.video.max_tokens is {max_tokens}, but {frames} frames are {tokens} visual tokens and "
+                    f"min_frames is {policy.min_frames}; raise it, or add a block that makes fewer tokens of a frame"
+                )
+            return frames - 1
+    return policy.max_frames

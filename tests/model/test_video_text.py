@@ -121,7 +121,7 @@ def test_budget_of_tokens_limits_frames(tiny_parts: dict[str, str], budget: int,
 
 
 def test_a_budget_below_the_fewest_frames_is_refused(tiny_parts: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match="max_tokens is 7, but 2 frames"):
+    with pytest.raises(ValueError, match="max_tokens is 7, but 2 frames are 8"):
         build(tiny_parts, {"min_frames": 2, "max_tokens": 7})
 
 
