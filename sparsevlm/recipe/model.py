@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-from sparsevlm.recipe.section import CrossFault, Positive, Strict, nested_error
-from sparsevlm.recipe.tiling import Tiling
+from sparsevlm.recipe.section import CrossFault, Positive, Strict, nested_error, view
+from sparsevlm.recipe.tiling import STRETCHED, Tiling
 from sparsevlm.recipe.video import Video
 from sparsevlm.registry import CONNECTOR_BLOCKS, UnknownNameError
 
@@ -95,3 +95,13 @@ class Model(Strict):
         if image == video:
             at = "video_token" if "video_token" in raw else "image_token"
             yield (at,), f"images and videos need different placeholders, both are {image!r}"
+        tiling = view(view(raw.get("vision")).get("tiling")).get("type")
+        blocks = raw.get("connector")
+        for i, block in enumerate(blocks if isinstance(blocks, list) else ()):
+            options = view(block)
+            joins = options.get("type") == "layout" and options.get("join", True) and options.get("unpad", True)
+            if joins and tiling in STRETCHED:
+                yield (
+                    ("connector", i),
+                    f"tiling {tiling!r} stretches pictures, so there is no padding to cut off: set unpad: false",
+                )
