@@ -60,8 +60,7 @@ class DynamicCompressorSpec(BlockSpec):
         if grid.h % ratio or grid.w % ratio:
             raise ValueError(
                 f"dynamic_compressor: a grid of {grid.h} x {grid.w} tokens ({kind}) does not divide into regions of "
-                f"{ratio} x {ratio}; let sides be multiples of patch x {ratio} (model.vision.native), or choose "
-                "another ratio"
+                f"{ratio} x {ratio}; choose another ratio, or a model.vision.image_size whose grid divides"
             )
         return Grid(grid.t, grid.h // ratio, grid.w // ratio)
 
