@@ -25,7 +25,7 @@ from sparsevlm.train.flops import Shape
 from sparsevlm.train.parts import select_trainable
 from sparsevlm.vision.encoder import default_image_size, feature_dim, output_grid, vision_subconfig
 from sparsevlm.vision.preprocess import ImageSpec, tower_items
-from sparsevlm.vision.tokens import Grid, ItemShape, MediaKind
+from sparsevlm.vision.tokens import ItemShape, MediaKind
 
 _MEDIUM = re.compile(r"(?:(?P<frames>[1-9]\d*)f@)?(?P<width>[1-9]\d*)x(?P<height>[1-9]\d*)")
 
@@ -180,10 +180,14 @@ class ModelCheck:
         h, w = output_grid(tower, self.image_size(config), layer, select)
         width = feature_dim(tower, layer)
         text_width = config.text_config.hidden_size  # pyright: ignore
-        grids = [(MediaKind.IMAGE, Grid(1, h, w)), (MediaKind.VIDEO, Grid(model.video.max_frames, h, w))]
+        vision, side = model.vision, self.image_size(config)
+        pictures = ImageSpec(side, vision.resize, (0.0,) * 3, (1.0,) * 3, (h, w), tiling=vision.tiling)  # pyright: ignore
+        sizes = [(side, side), (4 * side, 3 * side), (side, 3 * side)] if pictures.needs_size else [(side, side)]
+        media = [tower_items(pictures, MediaKind.IMAGE, 1, size) for size in sizes]
+        media.append(tower_items(pictures, MediaKind.VIDEO, model.video.max_frames, sizes[0]))
         for i, spec in enumerate(parse_connector(model.connector)):
             try:
-                grids = [(kind, spec.output_grid(grid, kind)) for kind, grid in grids]
+                media = [spec.output_items(items) for items in media]
                 with torch.device("meta"):
                     spec.build(width, text_width)
                 width = spec.output_dim(width, text_width)
@@ -199,9 +203,7 @@ class ModelCheck:
                 )
         if self.faults:
             raise RecipeError(self.faults)
-        vision = model.vision
-        side = self.image_size(config)
-        return ImageSpec(side, vision.resize, (0.0,) * 3, (1.0,) * 3, (h, w), tiling=vision.tiling)  # pyright: ignore
+        return pictures
 
     def surroundings(self) -> None:
         """Note what is not here: a plan is often made before the data, and on another machine than the run."""
