@@ -223,8 +223,8 @@ def _refuse_method(name: str, method: str) -> None:
     if reason is not None:
         raise ValueError(
             f"{name} is a {method} adapter, which has no merged form: {reason}. Keep it as an adapter beside its base: "
-            "load it with sparsevlm or PeftModel.from_pretrained, upload it with its base by sparsevlm push (or, with a "
-            "base that is on the Hub, by sparsevlm push --adapter-only)"
+            "load it with sparsevlm or PeftModel.from_pretrained, upload it with its base by sparsevlm push (or, where "
+            "the base is on the Hub, by sparsevlm push --adapter-only)"
         )
     raise ValueError(
         f"{name} is a {method or 'nameless'} adapter; only LoRA and its variants are merged on disk. If PEFT can merge "
