@@ -38,7 +38,7 @@ class RawPatchesModel(PreTrainedModel):
 
     config_class = RawPatchesConfig
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
 
     def __init__(self, config: RawPatchesConfig) -> None:
         super().__init__(config)
