@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from sparsevlm.adapters.lora_experts.config import LoraExpertsConfig
 from sparsevlm.adapters.lora_experts.layer import MERGE_REFUSED, LoraExpertsFfn, LoraExpertsLinear
 from sparsevlm.adapters.passes import find_parts
+from sparsevlm.adapters.tuner import UnmergeableTuner
 from sparsevlm.moe.block import SparseMoeBlock
 from sparsevlm.surgery import decoder_layers, resolve_layers
 
@@ -74,12 +74,12 @@ def _check(index: int, layer: nn.Module, ffn: nn.Module | None) -> None:
     )
 
 
-class LoraExpertsModel(BaseTuner):
+class LoraExpertsModel(UnmergeableTuner):
     """Puts `LoraExpertsFfn` around FFNs; made by `peft.get_peft_model(model, LoraExpertsConfig(...))`."""
 
     prefix = "mole_"
     tuner_layer_cls = LoraExpertsFfn  # pyright: ignore[reportAssignmentType]
-    target_module_mapping: dict[str, list[str]] = {}
+    merge_refused = MERGE_REFUSED
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         return peft_config
@@ -121,10 +121,3 @@ class LoraExpertsModel(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)
-
-    def _check_merge_allowed(self) -> None:
-        raise ValueError(MERGE_REFUSED)
-
-    def unmerge_adapter(self) -> None:
-        """Refuse, as nothing was merged."""
-        raise ValueError(MERGE_REFUSED)

@@ -23,7 +23,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from sparsevlm.adapters.mma.context import (
@@ -37,14 +36,15 @@ from sparsevlm.adapters.mma.inputs import sample_modality
 from sparsevlm.adapters.mma.layer import MERGE_REFUSED, MmaLayer
 from sparsevlm.adapters.mma.places import Place, find_places
 from sparsevlm.adapters.passes import add_hooks, find_parts, models_to, named_inputs, remove_hooks
+from sparsevlm.adapters.tuner import UnmergeableTuner
 
 
-class MmaModel(BaseTuner):
+class MmaModel(UnmergeableTuner):
     """Puts `MmaLayer` around attentions; made by `peft.get_peft_model(model, MmaConfig(...))`."""
 
     prefix = "mma_"
     tuner_layer_cls = MmaLayer  # pyright: ignore[reportAssignmentType]
-    target_module_mapping: dict[str, list[str]] = {}
+    merge_refused = MERGE_REFUSED
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         return peft_config
@@ -95,13 +95,6 @@ class MmaModel(BaseTuner):
         for path in language:
             for module, rest in models_to(model, path):
                 add_hooks(module, _Start(rest, text_only=not find_parts(module)[1]), _end)
-
-    def _check_merge_allowed(self) -> None:
-        raise ValueError(MERGE_REFUSED)
-
-    def unmerge_adapter(self) -> None:
-        """Refuse, as nothing was merged."""
-        raise ValueError(MERGE_REFUSED)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)

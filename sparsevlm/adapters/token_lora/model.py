@@ -9,23 +9,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from sparsevlm.adapters.passes import add_hooks, find_parts, models_to, named_inputs, remove_hooks
 from sparsevlm.adapters.token_lora.config import Part
 from sparsevlm.adapters.token_lora.context import frame_sets, running, set_running, token_sets
 from sparsevlm.adapters.token_lora.layer import MERGE_REFUSED, TokenLoraLayer
+from sparsevlm.adapters.tuner import UnmergeableTuner
 from sparsevlm.recompute import carry_to_recomputation
 from sparsevlm.vision.frames import encoded_positions
 
 
-class TokenLoraModel(BaseTuner):
+class TokenLoraModel(UnmergeableTuner):
     """Puts `TokenLoraLayer` around linear layers; made by `peft.get_peft_model(model, TokenLoraConfig(...))`."""
 
     prefix = "loras_"
     tuner_layer_cls = TokenLoraLayer  # pyright: ignore[reportAssignmentType]
-    target_module_mapping: dict[str, list[str]] = {}
+    merge_refused = MERGE_REFUSED
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         parts = _parts(model)
@@ -71,13 +71,6 @@ class TokenLoraModel(BaseTuner):
                 add_hooks(module, _TokensStart(rest), _tokens_end)
         for tower in parts["vision"].values():
             add_hooks(tower, _FramesStart(), _frames_end)
-
-    def _check_merge_allowed(self) -> None:
-        raise ValueError(MERGE_REFUSED)
-
-    def unmerge_adapter(self) -> None:
-        """Refuse, as nothing was merged."""
-        raise ValueError(MERGE_REFUSED)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
