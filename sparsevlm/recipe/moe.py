@@ -51,6 +51,21 @@ class Router(Strict):
             yield ("bias_update_rate",), "a balance bias needs 'scoring: sigmoid'"
 
 
+def routed_layer_faults(raw: dict[str, Any]) -> Iterator[CrossFault]:
+    """Yield what is wrong with `experts`, `top_k` and `layers` of a section that puts routed experts into layers."""
+    top_k, experts = number(raw.get("top_k", 2)), number(raw.get("experts", 4))
+    if top_k is not None and experts is not None and top_k > experts:
+        at = "top_k" if "top_k" in raw else "experts"
+        yield (at,), f"top_k {top_k} is more than the {experts} experts"
+    layers = raw.get("layers")
+    if isinstance(layers, list):
+        if not layers:
+            yield ("layers",), "names no layer"
+        for i, layer in enumerate(layers):
+            if layer in layers[:i]:
+                yield ("layers", i), f"layer {layer} is named twice"
+
+
 class Upcycle(Strict):
     """Copies dense FFNs into routed experts before the stage trains (MoE-LLaVA stage 3)."""
 
@@ -96,10 +111,8 @@ class Upcycle(Strict):
     @classmethod
     def cross_faults(cls, raw: dict[str, Any]) -> Iterator[CrossFault]:
         """See `Strict`."""
-        top_k, experts = number(raw.get("top_k", 2)), number(raw.get("experts", 4))
-        if top_k is not None and experts is not None and top_k > experts:
-            at = "top_k" if "top_k" in raw else "experts"
-            yield (at,), f"top_k {top_k} is more than the {experts} experts"
+        yield from routed_layer_faults(raw)
+        experts = number(raw.get("experts", 4))
         sources = raw.get("experts_from")
         if isinstance(sources, list) and sources and experts is not None and len(sources) != experts:
             yield ("experts_from",), f"names {len(sources)} models for {experts:g} experts; give one an expert"
@@ -111,10 +124,3 @@ class Upcycle(Strict):
                 "the narrow experts of a copy tie at the start, so that only one of them is ever first: with "
                 "granularity count 'all'",
             )
-        layers = raw.get("layers")
-        if isinstance(layers, list):
-            if not layers:
-                yield ("layers",), "names no layer"
-            for i, layer in enumerate(layers):
-                if layer in layers[:i]:
-                    yield ("layers", i), f"layer {layer} is named twice"

@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from sparsevlm.recipe.moe import LayerChoice, Router
-from sparsevlm.recipe.section import CrossFault, Strict, number, view
+from sparsevlm.recipe.moe import LayerChoice, Router, routed_layer_faults
+from sparsevlm.recipe.section import CrossFault, Strict, view
 
 
 class LoraExperts(Strict):
@@ -56,16 +56,6 @@ class LoraExperts(Strict):
     @classmethod
     def cross_faults(cls, raw: dict[str, Any]) -> Iterator[CrossFault]:
         """See `Strict`."""
-        top_k, experts = number(raw.get("top_k", 2)), number(raw.get("experts", 4))
-        if top_k is not None and experts is not None and top_k > experts:
-            at = "top_k" if "top_k" in raw else "experts"
-            yield (at,), f"top_k {top_k:g} is more than the {experts:g} experts"
+        yield from routed_layer_faults(raw)
         if view(raw.get("router")).get("init") == "kmeans":
             yield ("router", "init"), "'kmeans' is for upcycled experts; LoRA experts start with 'normal' or 'zero'"
-        layers = raw.get("layers")
-        if isinstance(layers, list):
-            if not layers:
-                yield ("layers",), "names no layer"
-            for i, layer in enumerate(layers):
-                if layer in layers[:i]:
-                    yield ("layers", i), f"layer {layer} is named twice"
