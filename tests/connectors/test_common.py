@@ -19,6 +19,7 @@ SMALL_QFORMER = {"queries": 3, "dim": 8, "layers": 2, "heads": 2, "ff_dim": 12, 
 EXAMPLES = {
     "linear": [{}, {"bias": False, "dim": 5}],
     "mlp": [{}, {"depth": 3, "norm": "pre", "hidden_dim": 9}, {"norm": "post", "activation": "silu", "dim": 5}],
+    "swiglu_mlp": [{"hidden_dim": 9}, {"hidden_dim": 3, "dim": 5, "bias": True}],
     "pixel_shuffle": [{}, {"factor": 3}],
     "concat": [{}, {"number": 3}],
     "adaptive_pool": [{"size": 3}, {"size": [5, 2]}],

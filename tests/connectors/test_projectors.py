@@ -72,3 +72,25 @@ def test_linear_is_a_matrix():
 def test_mlp_refuses(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         parse_block({"type": "mlp", **bad})
+
+
+def test_swiglu_mlp_computes_cogvlms_formula():
+    module = parse_block({"type": "swiglu_mlp", "hidden_dim": 7, "bias": True}).build(6, 4)
+    state = module.state_dict()
+    x = torch.randn(5, 6)
+
+    def linear(name, value):
+        return value @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    u = linear("linear_proj", x)
+    u = (u - u.mean(-1, keepdim=True)) / (u.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    u = u * state["norm1.weight"] + state["norm1.bias"]
+    u = u * (1 + torch.erf(u / 2**0.5)) / 2
+    gate = linear("gate_proj", u)
+    expected = linear("dense_4h_to_h", gate * gate.sigmoid() * linear("dense_h_to_4h", u))
+    torch.testing.assert_close(module(tokens_of(x)).features, expected)
+
+
+def test_swiglu_mlp_has_the_parameters_of_cogvlm():
+    # 1792 -> 4096, its norm, and three matrices of 4096 x 11008
+    assert count({"type": "swiglu_mlp", "hidden_dim": 11008}, 1792, 4096) == 142_614_528
