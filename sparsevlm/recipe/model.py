@@ -99,6 +99,12 @@ class Model(Strict):
         blocks = raw.get("connector")
         for i, block in enumerate(blocks if isinstance(blocks, list) else ()):
             options = view(block)
+            if options.get("type") == "multi_scale" and tiling != "monkey":
+                yield (
+                    ("connector", i),
+                    "multi_scale needs slices that together show what the overview shows: set model.vision.tiling to "
+                    "{type: monkey} (2 x 2 slices by default)",
+                )
             joins = options.get("type") == "layout" and options.get("join", True) and options.get("unpad", True)
             if joins and tiling in STRETCHED:
                 yield (

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sparsevlm.connectors.base import parse_connector
+from sparsevlm.connectors.base import connector_dims, parse_connector
 from sparsevlm.data.collate import Collator
 from sparsevlm.data.sample import Media, Message, Sample
 from sparsevlm.model.build import build_model, load_model
@@ -85,6 +85,7 @@ def test_several_answers_get_their_own_media(cut: Any) -> None:
 LAYOUT = {"type": "layout"}
 TILINGS = [
     ({"type": "monkey"}, []),
+    ({"type": "monkey"}, [{"type": "multi_scale"}, {"type": "linear"}]),
     ({"type": "anyres"}, [LAYOUT]),
     ({"type": "onevision"}, [LAYOUT | {"max_squares": 9}]),
     ({"type": "uhd"}, []),
@@ -110,7 +111,8 @@ def test_placeholders_are_the_tokens_of_the_modules_for_any_size(
 ) -> None:
     """Tokenizer, tiling and specs on one side, the connector's modules (without the mlp) on the other."""
     _, processor = build(tiny_parts, tiling, layout)
-    blocks = [spec.build(2, 2) for spec in parse_connector(layout)]
+    specs = parse_connector(layout)
+    blocks = [spec.build(dim, 2) for spec, dim in zip(specs, connector_dims(specs, 2, 2))]
     generator = random.Random(4)
     for _ in range(100):
         media = [processor.medium(MediaKind.IMAGE, size=random_size(generator)) for _ in range(8)]
