@@ -4,62 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from sparsevlm.connectors.base import parse_block
 from sparsevlm.data.sample import Media, Message, Sample
 from sparsevlm.model.build import load_model
 from sparsevlm.recipe.load import dump_recipe, load_recipe
-from sparsevlm.recipe.schema import Recipe
+from sparsevlm.registry import CONNECTOR_BLOCKS
 from sparsevlm.train.launch import train
 from sparsevlm.vision.tokens import MediaKind
 from tests import tiny
-from tests.data.media_files import write_video
-from tests.train.runs import write_data
+from tests.train.shrinking import shrink, shrink_block, write_records
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SHIPPED = sorted(path for path in RECIPES.rglob("*.yaml"))
-
-
-def write_records(directory: Path) -> Path:
-    """LLaVA-format rows: pictures, text alone and a clip."""
-    file = write_data(directory, rows=12)
-    write_video(directory / "clip.mp4", frames=4, fps=2)
-    talk = [{"from": "human", "value": "<video>\nwhat moves ?"}, {"from": "gpt", "value": "a cat"}]
-    records = json.loads(file.read_text()) + [
-        {"id": f"v{i}", "video": "clip.mp4", "conversations": talk} for i in (0, 1)
-    ]
-    file.write_text(json.dumps(records))
-    return file
-
-
-def shrink(recipe: Recipe, parts: dict[str, str], records: Path) -> dict[str, Any]:
-    """Keep the recipe's structure (connector, stages, what trains, mixture, schedule); make everything in it small."""
-    raw = recipe.model_dump(mode="json", exclude_unset=True)
-    raw["output"], raw["report_to"], raw["evals"] = str(records.parent / "run"), [], {}
-    vision = raw["model"]["vision"]
-    raw["model"]["vision"] = {"path": parts["vision"]} | {
-        k: vision[k] for k in ("layer", "select", "resize", "tiling") if k in vision
-    }
-    if isinstance(vision.get("layer"), list):
-        raw["model"]["vision"]["layer"] = [1 + i % 2 for i in range(len(vision["layer"]))]
-    elif vision.get("layer", -1) < -2:
-        raw["model"]["vision"]["layer"] = -2
-    raw["model"]["language"] = {"path": parts["language"], "chat_template": recipe.model.language.chat_template}
-    raw["model"]["video"] = {"fps": None, "max_frames": 3}
-    raw["data"] = {name: {"path": str(records), "format": "llava"} for name in raw["data"]}
-    raw.pop("sharding", None)
-    for stage in raw["stages"].values():
-        for gone in ("epochs", "sharding", "save_every", "evals"):
-            stage.pop(gone, None)
-        stage["steps"] = 2
-        packing = stage.get("batch", {}).get("packing", "auto")
-        stage["batch"] = {"rows": 2, "rows_per_rank": 1, "max_length": 256, "workers": 0, "packing": packing}
-        stage["log_every"] = 1
-        stage.setdefault("optim", {})
-        stage["optim"].pop("warmup", None)
-    return raw
 
 
 def test_there_are_recipes_to_test() -> None:
@@ -83,3 +42,26 @@ def test_shrunken_recipe_runs(path: Path, tiny_parts: dict[str, str], tmp_path: 
     batch = processor.encode_prompts([question])
     out = model.eval().generate(**batch, max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0)
     assert out.shape[1] == batch["input_ids"].shape[1] + 3
+
+
+SYSTEMS = {
+    "BLIP-2": {"type": "qformer", "weights": "Salesforce/blip2-opt-2.7b"},
+    "InstructBLIP": {"type": "qformer", "instruction": True, "tokenizer": "google-bert/bert-base-uncased"},
+    "Flamingo": {"type": "perceiver_resampler", "time_frames": 8},
+    "Qwen-VL": {"type": "perceiver_resampler", "latents": 256, "depth": 1, "dim": "language", "heads": 32}
+    | {"head_dim": 128, "ff_mult": 0, "positions": "sincos", "project": True},
+    "Oryx": {"type": "dynamic_compressor"},
+}
+
+
+@pytest.mark.parametrize(
+    "block",
+    [*SYSTEMS.values(), *({"type": name} for name in CONNECTOR_BLOCKS.names())],
+    ids=[*SYSTEMS, *CONNECTOR_BLOCKS.names()],
+)
+def test_every_block_shrinks(block):
+    small = shrink_block(block, "words")
+    assert small.keys() >= block.keys()
+    assert sum(p.numel() for p in parse_block(small).build(32, 32).parameters()) < 50_000
+    assert small.get("tokenizer", "words") == "words"
+    assert not small.get("weights")
