@@ -6,12 +6,25 @@ The one place that knows how decoders are laid out. What is put in must be decla
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 from torch import nn
 
 LayerChoice = str | Sequence[int]
 """A word for a set of layers, or their indices."""
+
+FUSION_MODULES = ("gated_cross_attn", "visual_expert")
+"""Names of the submodules that a fusion adds to decoder layers."""
+
+_FUSION = re.compile(rf"(^|\.)({'|'.join(FUSION_MODULES)})(\.|$)")
+
+
+def in_fusion(name: str) -> bool:
+    """Tell by its name whether a module or parameter is what a fusion added to a decoder layer."""
+    return _FUSION.search(name) is not None
 
 
 def decoder_layers(language_model: nn.Module) -> nn.ModuleList:
@@ -96,3 +109,41 @@ def replace_submodules(
             )
     for index in indices:
         setattr(layers[index], name, factory(index, getattr(layers[index], name)))
+
+
+def prepend_to_layers(
+    layers: nn.ModuleList,
+    indices: Sequence[int],
+    name: str,
+    factory: Callable[[int, nn.Module], nn.Module],
+) -> None:
+    """Run a further module before chosen layers, in place; the layers keep their class and their names.
+
+    The module is the layer's submodule ``name`` and maps the hidden states that the layer would get to those that it
+    gets. It runs outside the layer's `forward`, so recomputing the layer does not run it again.
+
+    Args:
+        layers: Decoder layers.
+        indices: Which of them.
+        name: Attribute of the layer that the module becomes.
+        factory: ``(index, layer) -> module``.
+
+    Raises:
+        ValueError: A layer has an attribute of that name.
+    """
+    for index in indices:
+        if hasattr(layers[index], name):
+            raise ValueError(f"decoder layer {index} ({type(layers[index]).__name__}) already has {name!r}")
+    for index in indices:
+        layers[index].add_module(name, factory(index, layers[index]))
+        layers[index].register_forward_pre_hook(partial(_run_before, name), with_kwargs=True)
+
+
+def _run_before(
+    name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Run a layer's submodule on the hidden states that the layer is called with."""
+    before = getattr(layer, name)
+    if args:
+        return (before(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": before(kwargs["hidden_states"])}

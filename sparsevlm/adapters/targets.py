@@ -17,13 +17,14 @@ from transformers.pytorch_utils import Conv1D
 
 from sparsevlm.moe.block import SparseMoeBlock
 from sparsevlm.registry import suggest
-from sparsevlm.surgery import decoder_layers
+from sparsevlm.surgery import decoder_layers, in_fusion
 
 PARTS: tuple[str, ...] = (
     "language", "language.attention", "language.ffn", "vision", "vision.attention", "vision.ffn", "connector",
-    "moe.experts", "moe.router",
+    "fusion", "moe.experts", "moe.router",
 )  # fmt: skip
-"""Targets that are named by part. `language` and `vision` are attention and FFN of theirs together."""
+"""Targets that are named by part. `language` and `vision` are attention and FFN of theirs together, without what a
+fusion put into the layers: that is `fusion`."""
 
 _ATTENTION = re.compile(r"(attn|attention)")
 _LINEAR = (nn.Linear, Conv1D)
@@ -126,6 +127,8 @@ def _modules(model: Any) -> Iterator[tuple[str, str]]:
             place = _in_tower(name, tower)
             if place is not None:
                 yield name, f"vision.{_half(place)}" if linear and place else ""
+        elif in_fusion(name):
+            yield name, "fusion"
         elif name.startswith("model.connector."):
             yield name, "connector" if linear else ""
         elif block := next((prefix for prefix in sparse if name.startswith(prefix)), None):

@@ -210,6 +210,8 @@ def _pictures(processor: Any, encoded: Encoded) -> Iterator[tuple[Grid, Tensor, 
 
     Tokens that a connector has merged or asked for (`dpc_knn`) have none: their grid is one row.
     """
+    if processor.one_token_media:  # visual tokens are not in the text that is routed
+        return
     ids = encoded.input_ids
     visual = ((ids == processor.image_token_id) | (ids == processor.video_token_id)).nonzero()[:, 0]
     frame = start = 0

@@ -86,6 +86,8 @@ def place(config: Any, *, text_only: bool = False, tiling: Any = None) -> Placem
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    if config.fusion is not None:
+        raise NoHomeError("the language model has modules of a fusion in its layers", [_no_fusion(config.fusion)])
     notes = []
     if config.moe is not None:
         families = [family for group in FAMILIES.values() for family in group]
@@ -108,6 +110,14 @@ def place(config: Any, *, text_only: bool = False, tiling: Any = None) -> Placem
         return Placement(architecture, target, config.moe, text_only=True, notes=notes)
     notes.append("pictures only: LLaVA has no videos, and several views are several pictures to it")
     return Placement("LlavaForConditionalGeneration", llava_config(config, tiling), config.moe, notes=notes)
+
+
+def _no_fusion(fusion: dict[str, Any]) -> str:
+    """Say why a model with a fusion is no native class."""
+    return (
+        f"fusion {fusion['type']!r}: no class of transformers has a language model with these modules, and they are "
+        "part of what it computes; keep it as SparseVLM's own class (--format sparsevlm, without --text-only)"
+    )
 
 
 def build_native(model: Any, placement: Placement) -> Any:
@@ -215,6 +225,8 @@ def _ours(config: Any, text_only: bool) -> Placement:
     """Return our own class for a model."""
     if not text_only:
         return Placement("SparseVLMForConditionalGeneration", config, config.moe)
+    if config.fusion is not None:
+        raise NoHomeError("the language model has modules of a fusion in its layers", [_no_fusion(config.fusion)])
     from sparsevlm.model.configuration_text import SparseVLMTextConfig
 
     text = copy.deepcopy(config.text_config)

@@ -1,1 +1,15 @@
-"""How visual tokens reach the language model."""
+"""How visual tokens reach the language model.
+
+Without a `fusion` they are soft tokens in the text, in the places of their placeholders. The others are a closed set:
+gated cross-attention (`cross_attention`), where text looks at media that stay beside it.
+"""
+
+from sparsevlm.fusion.forward import fusing
+from sparsevlm.fusion.install import (
+    fusion_spec,
+    initialize_fusion,
+    install_fusion,
+    media_apart,
+)
+
+__all__ = ["fusing", "fusion_spec", "initialize_fusion", "install_fusion", "media_apart"]

@@ -14,9 +14,10 @@ from sparsevlm.adapters.attach import load_adapter
 from sparsevlm.adapters.quantise import Settings, quantise
 from sparsevlm.adapters.saved import ADAPTER_CONFIG, QUANTISATION, find_parent, is_adapter, read_parent
 from sparsevlm.connectors.base import parse_connector
+from sparsevlm.fusion import media_apart
 from sparsevlm.model.attention import supports_packed_sdpa
 from sparsevlm.model.configuration_sparsevlm import SparseVLMConfig
-from sparsevlm.model.modeling_sparsevlm import SparseVLMForConditionalGeneration, build_connector
+from sparsevlm.model.modeling_sparsevlm import SparseVLMForConditionalGeneration, add_fusion, build_connector
 from sparsevlm.model.processing_sparsevlm import SparseVLMProcessor
 from sparsevlm.recipe import schema
 from sparsevlm.vision.encoder import num_prefix_tokens, vision_subconfig
@@ -95,6 +96,7 @@ def build_config(model: schema.Model, *, offline_shapes: bool = False) -> Sparse
         image_token_id=text.vocab_size,
         video_token_id=text.vocab_size + 1,
         lm_head_bias=text.model_type in ("phi", "codegen", "gptj"),
+        fusion=None if model.fusion is None else model.fusion.model_dump(),
     )
 
 
@@ -173,6 +175,7 @@ def build_processor(model: schema.Model, config: SparseVLMConfig) -> SparseVLMPr
         image_token=model.image_token,
         video_token=model.video_token,
         chat_template=template,
+        one_token_media=media_apart(config.fusion),
     )
     config.image_token_id = processor.image_token_id
     config.video_token_id = processor.video_token_id
@@ -208,6 +211,7 @@ def build_model(
     for spec, block in zip(parse_connector(config.connector or []), ours.model.connector, strict=True):
         spec.load_pretrained(block)
     ours.model.connector.to(dtype)
+    add_fusion(source.base_model, config)
     ours.set_output_embeddings(head)
     ours.tie_weights()
     ours.generation_config = source.generation_config
@@ -224,7 +228,8 @@ def build_model(
 def _check_parity(source: nn.Module, ours: SparseVLMForConditionalGeneration, path: str) -> None:
     """Refuse a language model whose own wrapper does more than decoder + head (scaled or capped logits)."""
     vocabulary = ours.config.text_config.vocab_size
-    ids = torch.arange(7, 7 + 11 * 8, 11).remainder(vocabulary)[None]  # (1, 8) arbitrary tokens
+    ids = torch.arange(7, 7 + 11 * 8, 11).remainder(vocabulary)  # (8,) arbitrary tokens
+    ids = ids[(ids != ours.config.image_token_id) & (ids != ours.config.video_token_id)][None]
     source.eval()
     want, got = source(input_ids=ids).logits.float(), ours(input_ids=ids).logits.float()
     difference = float((want - got).abs().max() / want.abs().max().clamp(min=1))

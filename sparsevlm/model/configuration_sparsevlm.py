@@ -27,6 +27,8 @@ class SparseVLMConfig(PreTrainedConfig):
             "router_aux_loss_coef": c, ...}``; the text configuration carries the same numbers under the names that
             trl and transformers look for.
         lm_head_bias: The head has a bias (Phi's does).
+        fusion: None where visual tokens are soft tokens in the text, else ``{"type": name, **options}`` as in a
+            recipe's `model.fusion`.
     """
 
     model_type = "sparsevlm"
@@ -45,6 +47,7 @@ class SparseVLMConfig(PreTrainedConfig):
     video_token_id: int = 1
     moe: dict[str, Any] | None = None
     lm_head_bias: bool = False
+    fusion: dict[str, Any] | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:

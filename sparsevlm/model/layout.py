@@ -23,8 +23,9 @@ class Medium:
         kind: Media kind.
         shapes: Its items as they come to the tower, before the connector.
         placeholder: Token id that is repeated for each visual token.
-        pieces: Visual tokens, after the connector, and the text between them.
+        pieces: Visual tokens, after the connector, and the text between them; one where they stay beside the text.
         guide: Token ids of the text that it is asked about, where the connector looks at it.
+        beside: Visual tokens that stay beside the text; None where they are in it.
     """
 
     kind: MediaKind
@@ -32,11 +33,17 @@ class Medium:
     placeholder: int
     pieces: tuple[Piece, ...]
     guide: tuple[int, ...] | None = None
+    beside: int | None = None
 
     @property
     def num_tokens(self) -> int:
-        """Visual tokens."""
+        """Placeholders in the prompt."""
         return sum(piece for piece in self.pieces if isinstance(piece, int))
+
+    @property
+    def num_visual(self) -> int:
+        """Visual tokens, in the prompt or beside it."""
+        return self.num_tokens if self.beside is None else self.beside
 
     @property
     def length(self) -> int:

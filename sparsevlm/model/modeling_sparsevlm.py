@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForImageTextToText, GenerationMixin
 from transformers.cache_utils import Cache
 
-from sparsevlm.connectors.base import connector_dims, parse_connector
+from sparsevlm.connectors.base import BlockSpec, connector_dims, parse_connector
 from sparsevlm.data.sample import IGNORE_INDEX
+from sparsevlm.fusion import fusing, install_fusion, media_apart
 from sparsevlm.model import attention
 from sparsevlm.model.configuration_sparsevlm import SparseVLMConfig
 from sparsevlm.model.generation import MEDIA_INPUTS, repeat_media
@@ -45,17 +46,28 @@ def build_connector(config: SparseVLMConfig) -> nn.ModuleList:
     """Build the connector's blocks, freshly initialised.
 
     Raises:
-        ValueError: The blocks do not end at the language model's width.
+        ValueError: The blocks do not end at the language model's width, though visual tokens go where text goes.
     """
-    specs = parse_connector(config.connector or [])
+    specs, dims = _connector_widths(config)
     text_dim = config.text_config.hidden_size
-    dims = connector_dims(specs, feature_dim(config.vision_config, config.vision_feature_layer), text_dim)
-    if dims[-1] != text_dim:
+    if dims[-1] != text_dim and not media_apart(config.fusion):
         raise ValueError(
             f"the connector ends at width {dims[-1]} but the language model is {text_dim} wide (widths after each "
             f"block: {dims[1:]}); end it with {{type: linear}} or {{type: mlp}}"
         )
     return nn.ModuleList(spec.build(dim, text_dim) for spec, dim in zip(specs, dims, strict=False))
+
+
+def add_fusion(language_model: nn.Module, config: SparseVLMConfig) -> None:
+    """Add to a decoder what the model's fusion needs, freshly initialised."""
+    install_fusion(language_model, config.text_config, config.fusion, _connector_widths(config)[1][-1])
+
+
+def _connector_widths(config: SparseVLMConfig) -> tuple[list[BlockSpec], list[int]]:
+    """Return the connector's blocks, and the widths before the first and after each."""
+    specs = parse_connector(config.connector or [])
+    tower_dim = feature_dim(config.vision_config, config.vision_feature_layer)
+    return specs, connector_dims(specs, tower_dim, config.text_config.hidden_size)
 
 
 class SparseVLMModel(VisualMixin, SparseVLMPreTrainedModel):
@@ -72,6 +84,7 @@ class SparseVLMModel(VisualMixin, SparseVLMPreTrainedModel):
         self.language_model = AutoModel.from_config(text_config)
         if config.moe is not None:
             install_moe(self.language_model, text_config, config.moe, experts_implementation=kernel)
+        add_fusion(self.language_model, config)
         mark_initialized(self.connector)
         self.post_init()
 
@@ -128,15 +141,16 @@ class SparseVLMModel(VisualMixin, SparseVLMPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         assert inputs_embeds is not None
-        image_hidden_states = None
+        tokens = None
+        apart = media_apart(self.config.fusion)
         if pixel_values is not None:
             if input_ids is None or image_grid_thw is None:
                 raise ValueError("pixel_values need input_ids (to find their places) and image_grid_thw")
             items = read_items(image_grid_thw, media_kinds, media_owners, media_places)
             tokens = self.encode_media(pixel_values, *items, read_guides(guide_ids, guide_mask, media_guides))
-            image_hidden_states = tokens.features
-            inputs_embeds = self.write_media(input_ids, inputs_embeds, tokens)
-        elif self.training and torch.is_grad_enabled():
+            if not apart:
+                inputs_embeds = self.write_media(input_ids, inputs_embeds, tokens)
+        elif self.training and torch.is_grad_enabled() and not apart:
             inputs_embeds = self.touch_vision(inputs_embeds)
 
         packed = kwargs.get("cu_seq_lens_q") is not None
@@ -152,7 +166,8 @@ class SparseVLMModel(VisualMixin, SparseVLMPreTrainedModel):
         collect = bool(output_router_logits) and bool(groups)
         mask = padding_mask(attention_mask, groups, self.training, inputs_embeds.shape[1])
         padding = leave_out_padding(self.language_model, mask)
-        with collect_routing(collect) as collected, padding:
+        fusion = fusing(self, input_ids, inputs_embeds, tokens, attention_mask, position_ids, past_key_values, kwargs)
+        with collect_routing(collect) as collected, padding, fusion as remember:
             outputs = self.language_model(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
@@ -160,12 +175,13 @@ class SparseVLMModel(VisualMixin, SparseVLMPreTrainedModel):
                 past_key_values=past_key_values,
                 **kwargs,
             )
+            remember(outputs.past_key_values)
         return SparseVLMModelOutput(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=image_hidden_states,
+            image_hidden_states=None if tokens is None else tokens.features,
             **(routing_columns(collected) if collect else {}),
         )
 

@@ -51,6 +51,7 @@ class SparseVLMProcessor(ProcessorMixin):
         chat_template: Jinja template with ``{% generation %}`` around what the assistant says.
         guide_words: Tokenizer of text-guided connector blocks, serialised, where they have another than the language
             model's; default: read from where the block says.
+        one_token_media: A medium takes one token of the prompt, since its visual tokens stay beside the text.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class SparseVLMProcessor(ProcessorMixin):
         video_token: str = "<video>",
         chat_template: str | None = None,
         guide_words: str | None = None,
+        one_token_media: bool = False,
     ) -> None:
         super().__init__(tokenizer, chat_template=chat_template)
         self.visual = visual
@@ -70,6 +72,7 @@ class SparseVLMProcessor(ProcessorMixin):
         self.video = video or {}
         self.image_token = image_token
         self.video_token = video_token
+        self.one_token_media = one_token_media
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(
                 f"{type(tokenizer).__name__} is not a fast tokenizer; labels need character offsets, which only fast "
@@ -90,6 +93,11 @@ class SparseVLMProcessor(ProcessorMixin):
         self.video_text = VideoText(tokenizer, self.video)
         if self.video_text:
             self.medium(MediaKind.VIDEO, 3, self._square(), texts=[((), ())] * 3)  # refused now, not at a video
+        if one_token_media and (self.video_text or self.slice_text.ids):
+            raise ValueError(
+                "one_token_media keeps visual tokens beside the text, so no text can stand between frames or slices: "
+                "take video.frame_text and video.subtitles out, and separators of the tiling"
+            )
 
     # ---- counting -----------------------------------------------------------------------------------------------
 
@@ -111,6 +119,8 @@ class SparseVLMProcessor(ProcessorMixin):
         shapes = tower_items(self.image_spec, kind, num_frames, size)
         placeholder = self.video_token_id if kind is MediaKind.VIDEO else self.image_token_id
         after = connector_items(self.block_specs, shapes)
+        if self.one_token_media:
+            return Medium(kind, tuple(shapes), placeholder, (1,), beside=sum(shape.grid.num_tokens for shape in after))
         if texts is not None:
             return Medium(kind, tuple(shapes), placeholder, interleave(after, texts))
         return Medium(kind, tuple(shapes), placeholder, self.slice_text.pieces(after))
@@ -149,7 +159,7 @@ class SparseVLMProcessor(ProcessorMixin):
             labels=torch.tensor(tokens.labels, dtype=torch.long),
             pixel_values=torch.cat(list(map(self._pixels, kept, tokens.media))) if kept else None,
             items=tuple(items),
-            visual_lengths=tuple(medium.num_tokens for medium in tokens.media),
+            visual_lengths=tuple(medium.num_visual for medium in tokens.media),
             sample_id=f"{sample.source}/{sample.id}" if sample.source else sample.id,
             guides=guide_ids(tokens.media),
         )
@@ -166,7 +176,7 @@ class SparseVLMProcessor(ProcessorMixin):
         tokens = self._layout(sample, [self._measure(media) for media in sample.media()], max_length)
         if all(label == IGNORE_INDEX for label in tokens.labels[1:]):
             raise BadSampleError(_no_target(len(tokens.ids), max_length))
-        return len(tokens.ids), sum(medium.num_tokens for medium in tokens.media)
+        return len(tokens.ids), sum(medium.num_visual for medium in tokens.media)
 
     def encode_prompts(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """Turn conversations that end with the user's turn into a left-padded batch for `generate`.

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from sparsevlm.adapters.names import is_adapter_parameter
 from sparsevlm.adapters.quantise import settings_of
+from sparsevlm.fusion import initialize_fusion
 from sparsevlm.moe.block import initialize_moe, set_implementation
 from sparsevlm.moe.router import KEEP_FLOAT32
 
@@ -29,9 +30,10 @@ class MoePreTrainedModel(PreTrainedModel):
         return getattr(self, "language_model", None) or self.get_submodule("model.language_model")
 
     def initialize_weights(self) -> None:
-        """Draw what no checkpoint holds; the decoder's own class does not know the MoE blocks in it."""
+        """Draw what no checkpoint holds; the decoder's own class does not know what we put into it."""
         super().initialize_weights()
         initialize_moe(self)
+        initialize_fusion(self)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Save the whole model, as any model of transformers.

@@ -83,21 +83,29 @@ class VisualMixin:
 
         Without it, ranks of a sharded run disagree on which parameters take part in a step and hang (ZeRO-3) or abort.
         """
+        tokens = self.encode_nothing(inputs_embeds.device)
+        return inputs_embeds + 0.0 * tokens.features.sum().to(inputs_embeds.dtype)
+
+    def encode_nothing(self, device: torch.device) -> VisualTokens:
+        """Return the visual tokens of a black picture."""
         config = self.config
         size = config.image_size or default_image_size(config.vision_config)
         h, w = output_grid(config.vision_config, size, config.vision_feature_layer, config.vision_feature_select)
         dtype = next(self.vision_tower.parameters()).dtype
-        pixels = torch.zeros(1, 3, size, size, dtype=dtype, device=inputs_embeds.device)
+        pixels = torch.zeros(1, 3, size, size, dtype=dtype, device=device)
         guides = None
         if connector_guide(parse_connector(config.connector)) is not None:
-            text = torch.zeros(1, 1, dtype=torch.long, device=inputs_embeds.device)
+            text = torch.zeros(1, 1, dtype=torch.long, device=device)
             guides = Guides(text, text + 1, (0,))
-        tokens = self.encode_media(pixels, [ItemShape(Grid(1, h, w), MediaKind.IMAGE)], [0], guides)
-        return inputs_embeds + 0.0 * tokens.features.sum().to(inputs_embeds.dtype)
+        return self.encode_media(pixels, [ItemShape(Grid(1, h, w), MediaKind.IMAGE)], [0], guides)
+
+    def placeholders(self, input_ids: Tensor) -> Tensor:
+        """Return which tokens stand for visual ones, ``(B, T)`` bool."""
+        return (input_ids == self.config.image_token_id) | (input_ids == self.config.video_token_id)
 
     def write_media(self, input_ids: Tensor, inputs_embeds: Tensor, tokens: VisualTokens) -> Tensor:
         """Write visual features over their placeholders, in reading order."""
-        mask = (input_ids == self.config.image_token_id) | (input_ids == self.config.video_token_id)  # (B, T)
+        mask = self.placeholders(input_ids)  # (B, T)
         placeholders = int(mask.sum())
         if placeholders != tokens.features.shape[0]:
             raise ValueError(

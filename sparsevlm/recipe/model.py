@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
+from sparsevlm.recipe.fusion import Fusion
 from sparsevlm.recipe.section import CrossFault, Positive, Strict, nested_error, view
 from sparsevlm.recipe.tiling import STRETCHED, Tiling
 from sparsevlm.recipe.video import Video
@@ -76,7 +77,9 @@ class Model(Strict):
     """The language model."""
     connector: list[ConnectorBlock] = Field(default=[{"type": "mlp"}], min_length=1)
     """Blocks that map visual features to the language model, in order. The last must end at the language model's
-    width."""
+    width, unless a `fusion` keeps media beside the text."""
+    fusion: Fusion | None = None
+    """How visual tokens reach the language model; default: as soft tokens in the text."""
     video: Video = Video()
     """Frame sampling."""
     image_token: str = "<image>"
@@ -111,3 +114,10 @@ class Model(Strict):
                     ("connector", i),
                     f"tiling {tiling!r} stretches pictures, so there is no padding to cut off: set unpad: false",
                 )
+        if view(raw.get("fusion")).get("type") == "gated_cross_attention":
+            why = "the fusion keeps visual tokens beside the text, so no text can stand between them"
+            for name in ("frame_text", "subtitles"):
+                if view(raw.get("video")).get(name):
+                    yield ("video", name), why
+            if view(view(raw.get("vision")).get("tiling")).get("type") == "uhd":
+                yield ("vision", "tiling"), f"{why}, and this tiling puts separators between slices"

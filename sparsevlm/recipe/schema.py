@@ -20,7 +20,9 @@ __all__ = [
     "Recipe", "Router", "Sharding", "Source", "Stage", "Strict", "Upcycle", "Video", "Vision",
 ]  # fmt: skip
 
-Part = Literal["vision", "connector", "language", "embeddings", "ffn", "moe", "moe.router", "moe.experts", "adapter"]
+Part = Literal[
+    "vision", "connector", "fusion", "language", "embeddings", "ffn", "moe", "moe.router", "moe.experts", "adapter"
+]
 """What a stage can train. `language` is the whole language model; parts of it that can be named alone are `embeddings`
 (input and output), `ffn` (the dense FFNs) and `moe`, which is `moe.router` and `moe.experts`. `adapter` is what the
 stage's `adapter` adds, wherever that stands."""

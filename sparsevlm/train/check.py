@@ -13,6 +13,7 @@ import torch
 from sparsevlm.adapters.attach import AdapterReport, attach, detach, has_adapter
 from sparsevlm.adapters.targets import TargetError
 from sparsevlm.connectors.base import connector_items, parse_connector
+from sparsevlm.fusion import media_apart
 from sparsevlm.model.attention import PACKED_SDPA, supports_packed_sdpa
 from sparsevlm.model.build import build_config, chat_template, packs_for_free, part_config, resolve_part
 from sparsevlm.model.configuration_sparsevlm import SparseVLMConfig
@@ -72,7 +73,9 @@ def items_of(recipe: Recipe, spec: ImageSpec, medium: Medium) -> list[ItemShape]
 
 
 def count_visual(recipe: Recipe, spec: ImageSpec, medium: Medium) -> int:
-    """Return the visual tokens of a medium, as the processor counts them."""
+    """Return the tokens that a medium takes in the prompt, as the processor counts them."""
+    if recipe.model.fusion is not None and media_apart(recipe.model.fusion.model_dump()):
+        return 1
     after = connector_items(parse_connector(recipe.model.connector), items_of(recipe, spec, medium))
     return sum(item.grid.num_tokens for item in after)
 
@@ -195,7 +198,7 @@ class ModelCheck:
                 self.fault(("model", "connector", i), error)
                 break
         else:
-            if width != text_width:
+            if width != text_width and not media_apart(config.fusion):
                 self.fault(
                     ("model", "connector", len(model.connector) - 1),
                     f"the connector ends at width {width}, the language model is {text_width} wide: end it with "

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sparsevlm.adapters.logical import logical_shape
 from sparsevlm.adapters.names import is_adapter_parameter, routed_adapter
 from sparsevlm.recipe.schema import Recipe, Stage
+from sparsevlm.surgery import in_fusion
 from sparsevlm.train.parts import numel
 from sparsevlm.train.quantised_memory import quantised_memory
 from sparsevlm.train.sharding import deepspeed_config, uses_deepspeed
@@ -38,6 +39,8 @@ class Matrix:
         outputs: Width after it.
         uses: Matrices of this kind that one token meets: 1, or top_k for stacked experts.
         trainable: It trains in this stage.
+        meets: Tokens of a row that it is multiplied with: all, or the visual ones.
+        looks: It makes queries that look at the visual tokens of the row.
     """
 
     index: int | None
@@ -45,6 +48,8 @@ class Matrix:
     outputs: int
     uses: int
     trainable: bool
+    meets: Literal["all", "visual"] = "all"
+    looks: bool = False
 
     @property
     def flops(self) -> int:
@@ -130,6 +135,11 @@ def matrices(model: Any) -> tuple[list[Matrix], list[Matrix]]:
                 inputs, outputs = (width, rank) if ".mole_A." in path else (rank, width)
                 language.append(Matrix(int(found[1]) if found else None, inputs, outputs, 1, weight.requires_grad))
                 continue
+            if in_fusion(path):  # a block stands before its layer
+                first = next((i for i, matrix in enumerate(language) if matrix.index == index), len(language))
+                language.insert(first + before.get(index, 0), _fusion_matrix(index, path, weight))
+                before[index] = before.get(index, 0) + 1
+                continue
             stacked = weight.ndim == 3
             matrix = Matrix(
                 index=index,
@@ -142,6 +152,21 @@ def matrices(model: Any) -> tuple[list[Matrix], list[Matrix]]:
     head = model.get_output_embeddings().weight  # by the module, since a tied head is no parameter of its own
     language.append(Matrix(None, head.shape[1], head.shape[0], 1, head.requires_grad))
     return connector, language
+
+
+def _fusion_matrix(index: int | None, path: str, weight: Any) -> Matrix:
+    """Return what a token meets of a weight of a cross-attention block: keys and values are of visual tokens."""
+    outputs, inputs = logical_shape(weight)
+    meets = "visual" if ".to_kv." in path else "all"
+    return Matrix(
+        index,
+        inputs,
+        outputs,
+        1,
+        weight.requires_grad,
+        meets,
+        looks=path.endswith((".to_q.weight", ".to_q.base_layer.weight")),
+    )
 
 
 def _mma_matrix(index: int | None, path: str, weight: Any) -> Matrix:
@@ -221,10 +246,15 @@ def flops_per_step(model: Any, tower: Tower, stage: Stage, shape: Shape) -> int:
     attention = _attention_flops(model.config.text_config, tokens, shape.row_tokens)
     trains_below = trains_below or model.get_input_embeddings().weight.requires_grad
     layer = None
+    visual = shape.block_tokens[-1]
+    media_train = any(matrix.trainable for matrix in connector) or bool(trained)
     for matrix in language:
         repeated = again * (matrix.index is not None)
-        total += (1 + repeated + trains_below + matrix.trainable) * matrix.flops * tokens
-        trains_below = trains_below or matrix.trainable
+        met, below = (tokens, trains_below) if matrix.meets == "all" else (shape.rows * visual, media_train)
+        total += (1 + repeated + below + matrix.trainable) * matrix.flops * met
+        trains_below = trains_below or below or matrix.trainable
+        if matrix.looks:  # two products of queries and visual tokens
+            total += (1 + again + 2 * trains_below) * 4 * tokens * visual * matrix.outputs
         if matrix.index not in (None, layer):  # the layer's first matrix: its attention comes with it
             layer = matrix.index
             total += (1 + again + 2 * trains_below) * attention
@@ -284,7 +314,15 @@ def memory_per_rank(
 
     connector, language = matrices(model)
     tokens = shape.rows_per_rank * shape.row_tokens
-    numbers = tokens * _layer_activations(language, stage.gradient_checkpointing, model.config.text_config.hidden_size)
+    numbers = tokens * _layer_activations(
+        (matrix for matrix in language if matrix.meets == "all"),
+        stage.gradient_checkpointing,
+        model.config.text_config.hidden_size,
+    )
+    beside = (matrix for matrix in language if matrix.meets == "visual")
+    numbers += (
+        shape.rows_per_rank * shape.block_tokens[-1] * _layer_activations(beside, stage.gradient_checkpointing, 0)
+    )
     if any(weight.requires_grad for weight in model.model.vision_tower.parameters()):
         frame = tower.checkpointed if stage.gradient_checkpointing else tower.activations
         numbers += shape.rows_per_rank * shape.row_frames * frame

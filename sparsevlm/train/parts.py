@@ -1,6 +1,7 @@
 """Parts of the model: which parameters a stage trains, at which rate, and how many there are.
 
-A parameter of an adapter belongs to the part `adapter`, wherever it stands. Any other belongs to one part or, inside
+A parameter of an adapter belongs to the part `adapter`, wherever it stands, and one that a fusion added to the
+language model's layers to the part `fusion` alone. Any other belongs to one part or, inside
 the language model, to several: `embeddings` (token embedding and output head), `ffn` (dense FFNs) and `moe` (MoE
 layers) are parts of `language` that can be named alone, and so are `moe.router` and `moe.experts` within `moe`. Where
 several are named, the most specific one decides (its learning rate, its row in reports).
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsevlm.adapters.logical import logical_shape
 from sparsevlm.adapters.names import is_adapter_parameter, routed_adapter, without_wrappers
+from sparsevlm.surgery import in_fusion
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 PARTS: tuple[str, ...] = (
     "vision",
     "connector",
+    "fusion",
     "language",
     "embeddings",
     "ffn",
@@ -34,7 +37,7 @@ PARTS: tuple[str, ...] = (
 )
 """All parts, in the order of reports."""
 
-ROWS = frozenset({"vision", "connector", "language", "embeddings", "moe", "adapter"})
+ROWS = frozenset({"vision", "connector", "fusion", "language", "embeddings", "moe", "adapter"})
 """Parts that always have a row of their own in reports; the others have one where a stage names them."""
 
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|tok_embeddings|word_embeddings|wte|embed_in|lm_head)\.(weight|bias)$")
@@ -97,6 +100,8 @@ def parts_of(name: str) -> tuple[str, ...]:
         return ("vision",)
     if name.startswith("model.connector."):
         return ("connector",)
+    if in_fusion(name):
+        return ("fusion",)
     if name.startswith(("model.language_model.", "lm_head.")):
         if _EMBEDDING.search(name):
             return ("embeddings", "language")

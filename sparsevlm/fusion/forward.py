@@ -1,0 +1,74 @@
+"""What a fusion has to know of a forward pass, from the inputs of the model.
+
+Legend: B rows, T tokens a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsevlm.fusion.install import fusion_spec
+from sparsevlm.fusion.media import SEEN, document_starts, idle_media, remember, remembered, see_media
+from sparsevlm.recompute import setting
+from sparsevlm.vision.tokens import VisualTokens
+
+
+@contextmanager
+def fusing(
+    model: Any,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor,
+    tokens: VisualTokens | None,
+    attention_mask: Any,
+    position_ids: Tensor | None,
+    cache: Any,
+    kwargs: Mapping[str, Any],
+) -> Iterator[Callable[[Any], None]]:
+    """Tell the fusion's modules that run inside what they need of the forward pass.
+
+    Args:
+        model: `SparseVLMModel`.
+        input_ids: ``(B, T)``, where there are any.
+        inputs_embeds: ``(B, T, H)``.
+        tokens: Visual tokens of the pass.
+        attention_mask: As for the model.
+        position_ids: As for the model.
+        cache: Cache that the rows continue, or that the pass fills.
+        kwargs: Further inputs; `cu_seq_lens_q` tells the documents of a packed row.
+
+    Yields:
+        A function that is called with the cache as it is after the pass, so that it remembers.
+
+    Raises:
+        ValueError: Placeholders and media disagree, or a cache does not fit.
+    """
+    spec = fusion_spec(model.config.fusion)
+    if spec is None:
+        yield lambda _: None
+        return
+    shape, device = inputs_embeds.shape[:2], inputs_embeds.device
+    known = remembered(cache, shape[0])
+    padded = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
+    starts = document_starts(shape, device, kwargs.get("cu_seq_lens_q"), position_ids, padded or known is not None)
+    if input_ids is None:
+        placeholders = torch.zeros(shape, dtype=torch.bool, device=device)
+    else:
+        placeholders = model.placeholders(input_ids)
+    if tokens is not None:
+        tokens = tokens.with_features(tokens.features.to(device, inputs_embeds.dtype))
+    seen, count = see_media(placeholders, tokens, spec.sees, starts, known)
+    if seen.states is None and model.training and torch.is_grad_enabled():
+        nothing = model.encode_nothing(device)
+        seen = idle_media(nothing.with_features(nothing.features.to(inputs_embeds.dtype)), shape)
+
+    def keep(after: Any) -> None:
+        if after is not None:
+            remember(after, seen, count)
+
+    with setting(SEEN, seen):
+        yield keep

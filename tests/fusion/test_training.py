@@ -1,0 +1,151 @@
+"""A fusion around the model: parts, plans, adapters, upcycling, export, a whole stage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparsevlm.adapters.attach import attach
+from sparsevlm.adapters.targets import resolve_targets
+from sparsevlm.export.families import NoHomeError
+from sparsevlm.export.native import place
+from sparsevlm.model.build import build_model, load_model
+from sparsevlm.moe.upcycle import upcycle_model
+from sparsevlm.recipe.adapter.lora import Lora
+from sparsevlm.recipe.moe import Upcycle
+from sparsevlm.recipe.schema import Recipe
+from sparsevlm.train.launch import train
+from sparsevlm.train.parts import count_parameters, parts_of, select_trainable
+from sparsevlm.train.plan import plan
+from tests.fusion.common import build, disturb, padded, pictures
+from tests.train.planned import recipe_of
+from tests.train.runs import write_data
+
+CROSS: dict[str, Any] = {"type": "gated_cross_attention", "every": 2, "heads": 2, "head_dim": 8}
+FUSIONS = {"cross": CROSS}
+DOCUMENTS = [[2, 11, 6, 12, 13, 6, 14, 15], [2, 16, 17, 18], [6, 19, 20, 21, 22]]
+
+
+def batch_for(fusion: dict[str, Any]) -> dict[str, Any]:
+    """Padded rows of three pictures."""
+    wide = 1 if fusion["type"] == "gated_cross_attention" else 4
+    rows = [[token for token in row for _ in range(wide if token == 6 else 1)] for row in DOCUMENTS]
+    return {**padded(rows), **pictures(3)}
+
+
+@pytest.fixture(params=FUSIONS, scope="module")
+def fusion(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return FUSIONS[request.param]
+
+
+def logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(**batch).logits
+
+
+def test_fusion_is_a_part_of_its_own(fusion: dict[str, Any]) -> None:
+    model = build(fusion)
+    plain = {name for name, _ in build(None).named_parameters()}
+    ours = [name for name, _ in model.named_parameters() if parts_of(name) == ("fusion",)]
+    assert ours and not plain & set(ours)
+    select_trainable(model, ["connector", "fusion"])
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {*ours, *(n for n in plain if n.startswith("model.connector."))}
+    counts = count_parameters(model)
+    assert counts["language_model"] == count_parameters(build(None))["language_model"]
+
+
+def test_lora_finds_its_layers(fusion: dict[str, Any]) -> None:
+    model = build(fusion)
+    language = resolve_targets(model, ["language"]).modules
+    added = resolve_targets(model, ["fusion"]).modules
+    assert len(language) == 4 * 7 and added and not set(language) & set(added)
+    batch = batch_for(fusion)
+    disturb(model, "_gate")
+    before = logits(model, batch)
+    attach(model, Lora(type="lora", targets=["language", "fusion"]))
+    assert torch.equal(logits(model, batch), before)
+    disturb(model, "lora_B", 0.1)
+    adapted = logits(model, batch)
+    assert not torch.allclose(adapted, before, atol=1e-3)
+    select_trainable(model.train(), ["adapter"])
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "lora_" in name)
+
+
+def test_native_export_refuses_with_the_reason(fusion: dict[str, Any]) -> None:
+    with pytest.raises(NoHomeError, match=f"fusion '{fusion['type']}'"):
+        place(build(fusion).config)
+
+
+def test_upcycled_beside_cross_attention(tmp_path: Path) -> None:
+    model = build(CROSS)
+    disturb(model, "_gate")
+    batch = batch_for(CROSS)
+    before = logits(model, batch)
+    upcycle_model(model, Upcycle(layers="all", experts=4, top_k=2))
+    read = batch["attention_mask"].bool()  # padding is not routed
+    torch.testing.assert_close(logits(model, batch)[read], before[read], atol=1e-5, rtol=1e-4)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert torch.equal(logits(again, batch), logits(model, batch))
+
+
+def section(fusion: dict[str, Any]) -> dict[str, Any]:
+    """Recipe's `model` entries."""
+    width = {"dim": 24} if fusion["type"] == "gated_cross_attention" else {}
+    return {"fusion": fusion, "connector": [{"type": "mlp", **width}], "vision": {"layer": -1}}
+
+
+def test_flops_are_those_that_torch_counts(tiny_parts: dict[str, str]) -> None:
+    """The formula against torch's counter over a real forward and backward pass, as tests/train/test_flops.py does."""
+    recipe = recipe_of(tiny_parts, model=section({**CROSS, "every": 1}))
+    recipe.stages = {"s": recipe.stages["align"].model_copy(update={"trains": ["connector", "fusion"]})}
+    model: Any = build_model(recipe.model)[0].train()
+    select_trainable(model, ["connector", "fusion"])
+    model.set_attn_implementation("eager")  # torch has no formula for its fused kernel on the CPU
+    rows, length, width, layers = 4, 64, 32, 2
+    ids = torch.full((rows, length), 10)
+    ids[:, 0] = model.config.image_token_id
+    media = pictures(rows)
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model(input_ids=ids, labels=ids.clone(), **media, use_cache=False).loss.backward()
+    estimate = plan(recipe, ["32x32"])["stages"][0]["flops_per_step"]
+    # Where the formula knowingly differs, as there: the masked half of the scores, the head at the last position.
+    masked = 3 * 2 * rows * length * length * width * layers
+    head = 2 * 2 * rows * width * model.lm_head.weight.shape[0]
+    assert estimate + masked - head == counter.get_total_flops()
+
+
+def test_a_recipe_trains_saves_and_reloads(fusion: dict[str, Any], tiny_parts: dict[str, str], tmp_path: Path) -> None:
+    recipe: Recipe = recipe_of(tiny_parts, model=section(fusion))
+    raw = recipe.model_dump(mode="json", exclude_unset=True)
+    records = write_data(tmp_path / "data", rows=8)
+    raw |= {"output": str(tmp_path / "run"), "report_to": [], "evals": {}}
+    raw["data"] = {name: {"path": str(records), "format": "llava"} for name in raw["data"]}
+    raw["stages"] = {
+        "fuse": {
+            "trains": ["connector", "fusion"],
+            "data": list(raw["data"])[:1],
+            "steps": 2,
+            "gradient_checkpointing": True,
+            "batch": {"rows": 2, "max_length": 128, "workers": 0},
+        }
+    }
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(raw))
+    (row,) = train(file)
+    assert set(row.trains) == {"connector", "fusion"} and 0 < row.loss_last < 10
+    start: Any = build_model(recipe.model)[0]
+    model, _ = load_model(tmp_path / "run" / "fuse")
+    assert model.config.fusion is not None
+    frozen = {name: p for name, p in start.named_parameters() if parts_of(name)[0] not in ("connector", "fusion")}
+    now = dict(model.named_parameters())
+    assert all(torch.equal(now[name], p) for name, p in frozen.items())
+    gates = [p for name, p in now.items() if name.endswith("_gate")]
+    assert all(bool(p.any()) for p in gates)
