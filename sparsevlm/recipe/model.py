@@ -62,7 +62,8 @@ class Language(Strict):
     """Hub id, local directory, or `sparsevlm:NAME` for a part that the package ships. Any causal language model."""
     chat_template: str = "auto"
     """`auto` takes the tokenizer's template if it marks the assistant's tokens, else refuses. Or one that the package
-    ships (`chatml`, `vicuna_v1`, `plain`), or a path to a Jinja file with `{% generation %}` markers."""
+    ships (`chatml`, `vicuna_v1`, `minigpt`, `yi_vl`, `plain`), or a path to a Jinja file with `{% generation %}`
+    markers."""
     attention: Literal["auto", "packed_sdpa", "sdpa", "flash_attention_2", "flash_attention_3", "eager"] = "auto"
     """Attention implementation. `auto`: flash_attention_2 where it is installed and a GPU is there, else packed_sdpa
     (causal SDPA per document of a packed row)."""
