@@ -173,14 +173,16 @@ def map_frames(tokens: VisualTokens, dim: int, function: Callable[[Tensor], Tens
     return torch.cat(results) if results else tokens.features.new_zeros(0, dim)
 
 
-def map_items(tokens: VisualTokens, dim: int, function: Callable[[Tensor, Grid, list[int]], Tensor]) -> Tensor:
+def map_items(
+    tokens: VisualTokens, dim: int, function: Callable[[Tensor, Grid, list[int]], Tensor | list[Tensor]]
+) -> Tensor:
     """Apply a function of whole items to all, those of one grid together.
 
     Args:
         tokens: Features ``(N, D)``.
         dim: Width D' that the function returns; the answer's width when there are no items.
-        function: ``(I, n, D)``, their grid, their numbers ``-> (I, n', D')``; each item's result must depend on that
-            item alone.
+        function: ``(I, n, D)``, their grid, their numbers ``-> (I, n', D')``, or a list of I ``(n', D')`` where n'
+            differs; each item's result must depend on that item alone.
 
     Returns:
         ``(N', D')``, items in order.

@@ -96,7 +96,7 @@ def _table(section: type[BaseModel], skip: tuple[str, ...] = ()) -> str:
 
 def _takes(field: FieldInfo) -> str:
     text = _cell(describe(field.annotation))
-    linked = [f"[{section.__name__}](#{section.__name__.lower()})" for section in _inner(field.annotation)]
+    linked = [_link(section) for section in _inner(field.annotation)]
     if linked:
         noun = "mappings" if "mappings" in text else "mapping"
         text = text.replace(noun, " or ".join(linked), 1).replace("a [", "[")
@@ -110,6 +110,14 @@ def _takes(field: FieldInfo) -> str:
         if getattr(bound, "min_length", None):
             bounds.append("not empty")
     return f"{text}, {' and '.join(bounds)}" if bounds else text
+
+
+def _link(section: type[BaseModel]) -> str:
+    """Return a link to where a section, or a connector block within another, is described."""
+    for name, block in CONNECTOR_BLOCKS.items():
+        if block is section:
+            return f"[{name}](#type-{name})"
+    return f"[{section.__name__}](#{section.__name__.lower()})"
 
 
 def _default(field: FieldInfo) -> str:

@@ -36,6 +36,7 @@ EXAMPLES = {
         {**SMALL_QFORMER, "instruction": True, "norm": False},
     ],
     "multi_scale": [{}],
+    "context_token": [{"qformer": SMALL_QFORMER}],
     "dynamic_compressor": [{"image": 2}, {"image": 1, "video": 1, "long_video": 2, "dim": 5, "double": False}],
     "dpc_knn": [{}, {"clusters": [6, 3], "neighbours": [2, 2], "frames_per_event": 4, "min_temporal_neighbours": 2}],
 }

@@ -15,14 +15,18 @@ from sparsevlm.model.build import build_model, load_model
 from sparsevlm.model.guides import NO_MARKS, GuideEncoder, prompt_guides, sample_guides, serialised, turn_marks
 from sparsevlm.vision.tokens import MediaKind
 from tests import tiny
+from tests.data.media_files import picture
 
 QFORMER = {"type": "qformer", "queries": 3, "dim": 8, "layers": 2, "heads": 2, "ff_dim": 12, "instruction": True}
 CONNECTOR = [QFORMER | {"vocab_size": 64, "max_text": 6}, {"type": "linear"}]
+SMALL = {name: value for name, value in CONNECTOR[0].items() if name != "type"}
+CONNECTORS = {"qformer": CONNECTOR, "context_token": [{"type": "context_token", "qformer": SMALL}]}
 PLACEHOLDERS = ("<image>", "<video>")
 
 
 def image(color: str = "red") -> Media:
-    return Media(MediaKind.IMAGE, tiny.picture(color))
+    """A picture whose patches differ, so that it matters which of them a question looks at."""
+    return Media(MediaKind.IMAGE, picture(len(color), (40, 30)))
 
 
 def talk(*turns: tuple[str | Media, ...]) -> Sample:
@@ -38,12 +42,14 @@ TALKS = [
 ]
 
 
-@pytest.fixture
-def guided(tiny_parts: dict[str, str]) -> Any:
+@pytest.fixture(params=CONNECTORS)
+def guided(request: Any, tiny_parts: dict[str, str]) -> Any:
     torch.manual_seed(0)
-    model, processor = build_model(tiny.recipe_model(tiny_parts, connector=CONNECTOR))
-    for parameter in model.model.connector.parameters():  # begun small, the text would hardly be seen
-        torch.nn.init.normal_(parameter, std=0.3)
+    model, processor = build_model(tiny.recipe_model(tiny_parts, connector=CONNECTORS[request.param]))
+    for part in (model.model.connector, model.model.vision_tower):  # begun small, the text would hardly be seen
+        for parameter in part.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.3)
     return model.eval(), processor
 
 
@@ -164,7 +170,7 @@ def test_each_turn_of_a_sample_guides_its_own_picture(guided: Any) -> None:
     changed = {**batch, "guide_ids": batch["guide_ids"].clone()}
     changed["guide_ids"][1, :2] = changed["guide_ids"][1, :2].flip(0)
     with torch.no_grad():
-        before, after = (model(**each).image_hidden_states.view(2, 3, -1) for each in (batch, changed))
+        before, after = (model(**each).image_hidden_states.chunk(2) for each in (batch, changed))
     assert torch.equal(before[0], after[0])
     assert (before[1] - after[1]).abs().max() > 1e-3
 

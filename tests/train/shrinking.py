@@ -53,14 +53,21 @@ def _clusters(options: Options, language: str) -> Options:
     return {"clusters": [max(2, 8 >> level) for level in range(levels)], "frames_per_event": 2, **neighbours}
 
 
+def _context(options: Options, language: str) -> Options:
+    qformer = options["qformer"]
+    return {"qformer": qformer | _qformer(qformer, language), "grid": min(options["grid"], 2)}
+
+
 BLOCKS: dict[str, Callable[[Options, str], Options]] = {
     "adaptive_pool": _pool,
+    "context_token": _context,
     "dpc_knn": _clusters,
     "dynamic_compressor": lambda options, language: _width(options, "dim"),
     "linear": lambda options, language: _width(options, "dim"),
     "mlp": lambda options, language: _width(options, "dim", "hidden_dim"),
     "perceiver_resampler": _resampler,
     "qformer": _qformer,
+    "swiglu_mlp": lambda options, language: _width(options, "dim", "hidden_dim"),
 }
 """Block type -> what changes, from all its options and the directory of a tiny tokenizer."""
 
