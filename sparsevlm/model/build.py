@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,9 @@ from sparsevlm.model.configuration_sparsevlm import SparseVLMConfig
 from sparsevlm.model.modeling_sparsevlm import SparseVLMForConditionalGeneration, add_fusion, build_connector
 from sparsevlm.model.processing_sparsevlm import SparseVLMProcessor
 from sparsevlm.recipe import schema
-from sparsevlm.vision.encoder import num_prefix_tokens, vision_subconfig
+from sparsevlm.vision.encoder import num_prefix_tokens, output_grid, vision_subconfig
 from sparsevlm.vision.preprocess import ImageSpec, image_spec_from_config
+from sparsevlm.vision.tokens import MediaKind
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -322,6 +325,28 @@ def _adapter_directory(path: str | Path, revision: str | None) -> Path | None:
     if cached_file(str(path), ADAPTER_CONFIG, revision=revision, **lenient) is None:
         return None
     return Path(snapshot_download(str(path), revision=revision))
+
+
+def set_image_size(
+    model: SparseVLMForConditionalGeneration, processor: SparseVLMProcessor, size: int
+) -> SparseVLMProcessor:
+    """Let a model see pictures of another size; its weights stay, and its tower resamples its positions.
+
+    Returns:
+        The processor for that size.
+
+    Raises:
+        ValueError: The tower, or the connector, cannot take it.
+    """
+    config = model.config
+    grid = output_grid(config.vision_config, size, config.vision_feature_layer, config.vision_feature_select)
+    visual = replace(processor.image_spec, image_size=size, patch_grid=grid).to_dict()
+    names = list(signature(type(processor).__init__).parameters)[1:]
+    options: dict[str, Any] = {name: getattr(processor, name) for name in names}
+    changed = type(processor)(**options | {"visual": visual})
+    changed.count_visual(MediaKind.IMAGE, size=(size, size))  # refused now, not at a picture
+    config.image_size = size
+    return changed
 
 
 def set_attention(model: SparseVLMForConditionalGeneration, name: str) -> str:

@@ -188,6 +188,9 @@ class Stage(Strict):
     """Turn FFNs into experts before this stage."""
     adapter: Adapter | None = None
     """Train an adapter on frozen weights; the stage's directory then holds the adapter and what trains beside it."""
+    image_size: int | None = Field(default=None, ge=1)
+    """Side in pixels that pictures are brought to from this stage on; default: as before, at first what
+    `model.vision.image_size` says."""
     steps: int | None = Field(default=None, ge=1)
     """Optimizer steps. Give this or `epochs`."""
     epochs: float | None = Field(default=None, gt=0)
@@ -376,6 +379,12 @@ class Recipe(Strict):
     def run_dir(self) -> str:
         """Directory of the run."""
         return self.output or f"runs/{self.name}"
+
+    def image_size_in(self, stage: str) -> int | None:
+        """Return the side that pictures are brought to in a stage; None for what the tower was trained at."""
+        names = list(self.stages)
+        until = [self.stages[name].image_size for name in names[: names.index(stage) + 1]]
+        return next((size for size in reversed(until) if size is not None), self.model.vision.image_size)
 
     def sharding_of(self, stage: Stage) -> Sharding:
         """Return the sharding that a stage runs with."""

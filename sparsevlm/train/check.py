@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -103,7 +104,8 @@ class ModelCheck:
             except ValueError as error:
                 self.fault(("model", name, "path"), error)
         if "vision" in parts:
-            self._tower(vision_subconfig(parts["vision"]))
+            for path, size in self._sizes():
+                self._tower(vision_subconfig(parts["vision"]), path, size)
         if "language" in parts:
             vocabulary = self._vocabulary()
         if self.faults:
@@ -113,14 +115,21 @@ class ModelCheck:
         text.vocab_size = max(text.vocab_size, vocabulary)
         return config
 
-    def _tower(self, vision: Any) -> None:
+    def _sizes(self) -> Iterator[tuple[OptionPath, int | None]]:
+        """Yield the sizes that pictures have in the course of a run, and where the recipe says it."""
+        yield ("model", "vision", "image_size"), self.recipe.model.vision.image_size
+        for name, stage in self.recipe.stages.items():
+            if stage.image_size is not None:
+                yield ("stages", name, "image_size"), stage.image_size
+
+    def _tower(self, vision: Any, path: OptionPath, wanted: int | None) -> None:
         """Check picture size and layer."""
         options = self.recipe.model.vision
         try:
             own = default_image_size(vision)
         except ValueError as error:
-            if options.image_size is None:
-                self.fault(("model", "vision", "image_size"), error)
+            if wanted is None:
+                self.fault(path, error)
                 return
             own = None
         try:
@@ -128,18 +137,16 @@ class ModelCheck:
         except ValueError as error:
             self.fault(("model", "vision", "layer"), error)
             return
-        size, patch = options.image_size or own, getattr(vision, "patch_size", None)
+        size, patch = wanted or own, getattr(vision, "patch_size", None)
         assert size is not None
         if size != own and isinstance(patch, int) and size % patch:
             near = f"{size // patch * patch} or {(size // patch + 1) * patch}"
-            self.fault(
-                ("model", "vision", "image_size"), f"{size} pixels are not a multiple of the patch size {patch}: {near}"
-            )
+            self.fault(path, f"{size} pixels are not a multiple of the patch size {patch}: {near}")
             return
         try:
             output_grid(vision, size, options.layer)
         except ValueError as error:
-            self.fault(("model", "vision", "image_size"), error)
+            self.fault(path, error)
 
     def _vocabulary(self) -> int:
         """Check the chat template and return the tokens that the tokenizer will have; 0 where none can be read."""
@@ -168,11 +175,11 @@ class ModelCheck:
             self.fault(("model", "language", "chat_template"), error)
         return size
 
-    def image_size(self, config: SparseVLMConfig) -> int:
-        """Return the side that pictures are brought to."""
-        return self.recipe.model.vision.image_size or default_image_size(config.vision_config)  # pyright: ignore
+    def image_size(self, config: SparseVLMConfig, stage: str) -> int:
+        """Return the side that pictures are brought to in a stage."""
+        return self.recipe.image_size_in(stage) or default_image_size(config.vision_config)  # pyright: ignore
 
-    def pictures(self, config: SparseVLMConfig) -> ImageSpec:
+    def pictures(self, config: SparseVLMConfig, side: int) -> ImageSpec:
         """Return what pictures become in the tower, having followed its grid and width through the connector.
 
         Only counts are read off it, so its colours are made up.
@@ -180,10 +187,10 @@ class ModelCheck:
         model = self.recipe.model
         tower: Any = config.vision_config
         layer, select = config.vision_feature_layer, config.vision_feature_select
-        h, w = output_grid(tower, self.image_size(config), layer, select)
+        h, w = output_grid(tower, side, layer, select)
         width = feature_dim(tower, layer)
         text_width = config.text_config.hidden_size  # pyright: ignore
-        vision, side = model.vision, self.image_size(config)
+        vision = model.vision
         pictures = ImageSpec(side, vision.resize, (0.0,) * 3, (1.0,) * 3, (h, w), tiling=vision.tiling)  # pyright: ignore
         sizes = [(side, side), (4 * side, 3 * side), (side, 3 * side)] if pictures.needs_size else [(side, side)]
         media = [tower_items(pictures, MediaKind.IMAGE, 1, size) for size in sizes]

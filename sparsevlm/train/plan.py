@@ -51,24 +51,25 @@ def plan(recipe: Recipe, media: Sequence[str] = (), *, world: int = 1) -> dict[s
     counted = [parse_medium(text) for text in media or DEFAULT_MEDIA]
     check = ModelCheck(recipe)
     config = check.config()
-    pictures = check.pictures(config)
+    sides = {name: check.image_size(config, name) for name in recipe.stages}
+    pictures = {side: check.pictures(config, side) for side in sides.values()}
     check.surroundings()
     check.faults += [*find_faults(recipe, world), *find_model_faults(recipe, world)]
     with torch.device("meta"):
         model = SparseVLMForConditionalGeneration(config)
-    tower = measure_tower(model, check.image_size(config))
     packable = check.packing(model)
 
     stages = []
-    adapted = False
+    tower, measured, adapted = None, 0, False
     for name, stage in recipe.stages.items():
         if not check.edit(model, name, stage):
             continue
-        if stage.adapter is not None or adapted:  # the tower may carry an adapter now, or no longer
-            tower = measure_tower(model, check.image_size(config))
+        side = sides[name]
+        if tower is None or stage.adapter is not None or adapted or side != measured:
+            tower, measured = measure_tower(model, side), side  # it may carry an adapter now, or no longer
         adapted = stage.adapter is not None
-        tokens = {medium.name: count_visual(recipe, pictures, medium) for medium in counted}
-        shape = check.shape(name, stage, pictures, counted[0], packable, world)
+        tokens = {medium.name: count_visual(recipe, pictures[side], medium) for medium in counted}
+        shape = check.shape(name, stage, pictures[side], counted[0], packable, world)
         entry = _describe(model, tower, recipe, name, stage, shape, tokens, world)
         stages.append(entry | {"adapter": _describe_adapter(check.adapters.get(name), recipe)})
     if check.faults:

@@ -46,7 +46,8 @@ def training_dtype(recipe: Recipe) -> Any:
 
 def needs_edit(recipe: Recipe, name: str, parent_dir: Path | None) -> bool:
     """Return whether a stage starts from something else than a saved directory as it is."""
-    return parent_dir is None or recipe.stages[name].upcycle is not None or is_adapter(parent_dir)
+    stage = recipe.stages[name]
+    return parent_dir is None or stage.upcycle is not None or stage.image_size is not None or is_adapter(parent_dir)
 
 
 def start_model(recipe: Recipe, name: str, parent_dir: Path | None, console: Console) -> tuple[Any, Any]:
@@ -70,7 +71,7 @@ def start_model(recipe: Recipe, name: str, parent_dir: Path | None, console: Con
     from transformers import set_seed
 
     from sparsevlm.adapters.attach import detach
-    from sparsevlm.model.build import build_model, cast_weights, load_model, set_attention
+    from sparsevlm.model.build import build_model, cast_weights, load_model, set_attention, set_image_size
 
     upcycle = recipe.stages[name].upcycle
     adapted = parent_dir is not None and is_adapter(parent_dir)
@@ -86,6 +87,8 @@ def start_model(recipe: Recipe, name: str, parent_dir: Path | None, console: Con
         detach(model, merge=True)
         model.requires_grad_(True)
         console.print(f"{name}: merged the adapter of {parent_dir} into its weights", highlight=False)
+    if recipe.stages[name].image_size is not None:
+        processor = set_image_size(model, processor, recipe.stages[name].image_size)
     if upcycle is not None:
         _upcycle(model, processor, recipe, name, console)
     if upcycle is not None or adapted:

@@ -122,6 +122,8 @@ def shrink(recipe: Recipe, parts: dict[str, str], records: Path) -> dict[str, An
         for gone in ("epochs", "sharding", "save_every", "evals"):
             stage.pop(gone, None)
         stage["steps"] = 2
+        if stage.get("image_size"):
+            stage["image_size"] = LARGER_SIDE
         packing = stage.get("batch", {}).get("packing", "auto")
         stage["batch"] = {"rows": 2, "rows_per_rank": 1, "max_length": MAX_LENGTH, "workers": 0, "packing": packing}
         stage["log_every"] = 1
