@@ -143,6 +143,15 @@ def encode_frames(
     return encoded[0] if len(encoded) == 1 else torch.cat(encoded)
 
 
+def frame_maps(tower: nn.Module, pixel_values: Tensor, layer: Layer = -1) -> Tensor:
+    """Return the features of frames without prefix tokens as maps, ``(F, D, h, w)``; see `encode_frames`."""
+    layers = as_layers(layer)
+    found = _layer_maps(tower, pixel_values, layers)
+    _check_same_grid([layout for _, layout in found], layer)
+    features = torch.cat([tokens[:, layout.prefix :] for tokens, layout in found], dim=-1)  # (F, h * w, D)
+    return features.transpose(1, 2).unflatten(2, (found[0][1].h, found[0][1].w))
+
+
 def as_layers(layer: Layer) -> tuple[int, ...]:
     """Return the layers of an option that names one or several."""
     layers = (layer,) if isinstance(layer, int) else tuple(layer)
@@ -163,7 +172,8 @@ def _check_same_grid(layouts: Sequence[TowerLayout], layer: Layer) -> None:
 def _layer_maps(tower: Any, pixel_values: Tensor, layers: Sequence[int]) -> list[tuple[Tensor, TowerLayout]]:
     """Return, for each layer, all its tokens ``(F, p + h * w, C)`` and how they are laid out."""
     config = tower.config
-    pixel_values = pixel_values.to(tower.dtype)
+    if not getattr(tower, "takes_float_pixels", False):
+        pixel_values = pixel_values.to(tower.dtype)
     is_timm = config.model_type == "timm_wrapper"
     states = (_timm_states if is_timm else _hidden_states)(tower, pixel_values, layers)
     maps = []
