@@ -140,7 +140,7 @@ class DpcKnnBlock(nn.Module):
                 images.append((item, own))
             else:
                 events += [
-                    (item, [own[t] for t in event]) for event in self._events(frames[own.start : own.stop], number)
+                    (item, [own[t] for t in event]) for event in self.events(frames[own.start : own.stop], number)
                 ]
             start = own.stop
         per_frame = torch.cat(levels, dim=1)  # (F, n, D), n over all levels
@@ -151,7 +151,7 @@ class DpcKnnBlock(nn.Module):
             of_item[item].append(event)
         return merged | {item: torch.cat(rows) for item, rows in of_item.items()}
 
-    def _events(self, frames: Tensor, number: int) -> list[list[int]]:
+    def events(self, frames: Tensor, number: int) -> list[list[int]]:
         """Return the frames of each event of one video ``(t, N, D)``, events by first appearance, frames in order."""
         k = effective_neighbours(self.spec.temporal_neighbours, number)
         k = min(max(k, self.spec.min_temporal_neighbours), len(frames))
