@@ -343,7 +343,8 @@ def set_image_size(
     visual = replace(processor.image_spec, image_size=size, patch_grid=grid).to_dict()
     names = list(signature(type(processor).__init__).parameters)[1:]
     options: dict[str, Any] = {name: getattr(processor, name) for name in names}
-    changed = type(processor)(**options | {"visual": visual})
+    options["visual"] = visual
+    changed = type(processor)(**options)
     changed.count_visual(MediaKind.IMAGE, size=(size, size))  # refused now, not at a picture
     config.image_size = size
     return changed

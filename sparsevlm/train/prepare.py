@@ -87,8 +87,8 @@ def start_model(recipe: Recipe, name: str, parent_dir: Path | None, console: Con
         detach(model, merge=True)
         model.requires_grad_(True)
         console.print(f"{name}: merged the adapter of {parent_dir} into its weights", highlight=False)
-    if recipe.stages[name].image_size is not None:
-        processor = set_image_size(model, processor, recipe.stages[name].image_size)
+    if (size := recipe.stages[name].image_size) is not None:
+        processor = set_image_size(model, processor, size)
     if upcycle is not None:
         _upcycle(model, processor, recipe, name, console)
     if upcycle is not None or adapted:
