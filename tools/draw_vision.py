@@ -4,6 +4,7 @@ python tools/draw_vision.py slices      how published systems cut a picture
 python tools/draw_vision.py clusters    what DPC-KNN merges, coloured
 python tools/draw_vision.py events      a film's events on a time line
 python tools/draw_vision.py table       tokens of pictures by size, as Markdown
+python tools/draw_vision.py systems     what the shipped recipes make of pictures and videos, as Markdown
 
 Clusters and events take a small trained tower: python tools/prepare_smol_parts.py data/smol
 """
@@ -91,6 +92,31 @@ def table(sizes: list[tuple[int, int]]) -> str:
             cut, tokens, text = describe(system, size)
             cells.append(f"{cut}: {tokens:,}" + (f" + {text}" if text else ""))
         rows.append(f"| {size[0]} x {size[1]} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def systems(directory: Path) -> str:
+    """Return a Markdown table of the shipped recipes of published systems: what the last stage sees.
+
+    Args:
+        directory: Of the recipes; each system has a folder, whose first recipe stands for it.
+    """
+    from sparsevlm.recipe.load import load_recipe
+    from sparsevlm.train.plan import plan
+
+    media = {"640 x 480": "640x480", "1920 x 1080": "1920x1080", "video, 64 frames": "64f@1280x720"}
+    rows = [f"| recipe | {' | '.join(media)} | connector | fusion |", "|---" * (len(media) + 3) + "|"]
+    for path in sorted(
+        {folder: min(folder.glob("*.yaml")) for folder in directory.iterdir() if folder.is_dir()}.values()
+    ):
+        recipe = load_recipe(path)
+        if recipe.model.vision.path.startswith("data/"):  # parts of this project's own, made by a tool
+            continue
+        counted = plan(recipe, list(media.values()))["stages"][-1]["visual_tokens"]
+        blocks = " → ".join(f"`{block['type']}`" for block in recipe.model.connector)
+        fusion = "soft" if recipe.model.fusion is None else f"`{recipe.model.fusion.type}`"
+        tokens = " | ".join(f"{counted[medium]:,}" for medium in media.values())
+        rows.append(f"| `{path.relative_to(directory)}` | {tokens} | {blocks} | {fusion} |")
     return "\n".join(rows)
 
 
@@ -283,11 +309,15 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--out", type=Path, default=Path(f"docs/images/{name}.jpg"), help="%(default)s")
         if name != "slices":
             command.add_argument("--tower", default="data/smol/vision", help="%(default)s")
+    commands.add_parser("systems").add_argument("--recipes", type=Path, default=Path("recipes"), help="%(default)s")
     sizes = commands.add_parser("table")
     sizes.add_argument("--sizes", type=parse_sizes, default=parse_sizes(SIZES), help="as '640x480 1024x768'")
     options = parser.parse_args(arguments)
     if options.command == "table":
         print(table(options.sizes))
+        return 0
+    if options.command == "systems":
+        print(systems(options.recipes))
         return 0
     pictures = sample_pictures()
     if options.command == "slices":
