@@ -19,7 +19,11 @@ _REGISTERED_BY = {
         "sparsevlm.model.configuration_sparsevlm",
         "sparsevlm.model.configuration_text",
     ),
-    "transformers.models.auto.modeling_auto": ("sparsevlm.model.modeling_sparsevlm", "sparsevlm.model.modeling_text"),
+    "transformers.models.auto.modeling_auto": (
+        "sparsevlm.model.modeling_sparsevlm",
+        "sparsevlm.model.modeling_text",
+        "sparsevlm.vision.eva",
+    ),
     "transformers.models.auto.processing_auto": ("sparsevlm.model.processing_sparsevlm",),
     "peft": ("sparsevlm.adapters.methods",),
 }

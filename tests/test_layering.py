@@ -17,6 +17,7 @@ LAYERS: dict[str, int] = {
     "recompute": 2,
     "vision.preprocess": 2,
     "vision.encoder": 2,
+    "vision.eva": 2,
     "vision.frames": 2,
     "vision.native": 2,
     "vision.patches": 2,

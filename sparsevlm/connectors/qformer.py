@@ -89,13 +89,16 @@ class QFormerSpec(BlockSpec):
         if self.weights is not None:
             assert isinstance(module, QFormerBlock)
             tensors = read_tensors(self.weights, _block_name)
-            if "queries" in tensors:
-                tensors["queries"] = tensors["queries"].flatten(0, -2)  # (1, m, C) -> (m, C)
+            if _QUERIES in tensors:
+                tensors[_QUERIES] = tensors[_QUERIES].flatten(0, -2)  # (1, m, C) -> (m, C)
             fill(module, tensors, self.weights)
 
 
+_QUERIES = "qformer_queries"
+
+
 class QFormerBlock(nn.Module):
-    """Queries, and transformers' Q-Former.
+    """Queries, and transformers' Q-Former; the name of each parameter says that it is the part `connector.qformer`.
 
     *Deviation*: the feed-forward network that the last layer has for text is left out. Nothing reads what it gives, and
     weights that get no gradient stop data-parallel training.
@@ -104,8 +107,8 @@ class QFormerBlock(nn.Module):
     def __init__(self, spec: QFormerSpec, input_dim: int) -> None:
         super().__init__()
         self.spec = spec
-        self.norm = nn.LayerNorm(input_dim, eps=1e-6) if spec.norm else nn.Identity()
-        self.queries = nn.Parameter(torch.randn(spec.queries, spec.dim) * 0.02)
+        self.qformer_norm = nn.LayerNorm(input_dim, eps=1e-6) if spec.norm else nn.Identity()
+        self.qformer_queries = nn.Parameter(torch.randn(spec.queries, spec.dim) * 0.02)
         self.qformer = _make_qformer(spec, input_dim)
 
     def forward(self, tokens: VisualTokens) -> VisualTokens:
@@ -127,8 +130,8 @@ class QFormerBlock(nn.Module):
             frames: ``(B, n, D)``.
             guides: Ids and mask of the text of each, ``(B, L)``, with `instruction`.
         """
-        queries = self.queries.expand(len(frames), -1, -1)
-        read: dict[str, Any] = {"query_embeds": queries, "encoder_hidden_states": self.norm(frames)}
+        queries = self.qformer_queries.expand(len(frames), -1, -1)
+        read: dict[str, Any] = {"query_embeds": queries, "encoder_hidden_states": self.qformer_norm(frames)}
         if guides is not None:
             ids, mask = guides
             places = torch.arange(ids.shape[1], device=ids.device)[None]
@@ -187,7 +190,7 @@ class _Unchanged(nn.Module):
 
 def _block_name(name: str) -> str | None:
     """Return the name that a tensor of a BLIP-2 or InstructBLIP checkpoint has in `QFormerBlock`."""
-    for theirs, ours in (("qformer.", "qformer."), ("vision_model.post_layernorm.", "norm.")):
+    for theirs, ours in (("qformer.", "qformer."), ("vision_model.post_layernorm.", "qformer_norm.")):
         if name.startswith(theirs) or f".{theirs}" in name:
             return ours + name.split(theirs, 1)[1]
-    return "queries" if name.split(".")[-1] == "query_tokens" else None
+    return _QUERIES if name.split(".")[-1] == "query_tokens" else None

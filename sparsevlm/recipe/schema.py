@@ -21,11 +21,13 @@ __all__ = [
 ]  # fmt: skip
 
 Part = Literal[
-    "vision", "connector", "fusion", "language", "embeddings", "ffn", "moe", "moe.router", "moe.experts", "adapter"
-]
+    "vision", "connector", "connector.qformer", "connector.projector", "fusion", "language", "embeddings", "ffn", "moe",
+    "moe.router", "moe.experts", "adapter",
+]  # fmt: skip
 """What a stage can train. `language` is the whole language model; parts of it that can be named alone are `embeddings`
-(input and output), `ffn` (the dense FFNs) and `moe`, which is `moe.router` and `moe.experts`. `adapter` is what the
-stage's `adapter` adds, wherever that stands."""
+(input and output), `ffn` (the dense FFNs) and `moe`, which is `moe.router` and `moe.experts`. `connector` is
+`connector.qformer` (Q-Formers with their queries) and `connector.projector` (the rest). `adapter` is what the stage's
+`adapter` adds, wherever that stands."""
 
 MOE_PARTS: tuple[str, ...] = ("moe", "moe.router", "moe.experts")
 """Parts that only a sparse model has."""
@@ -232,7 +234,11 @@ class Stage(Strict):
             yield ("trains",), "name the parts that train; this can be left out beside 'upcycle' or 'adapter' only"
         yield from adapter_faults(trains, adapter, get_args(Part))
         # parts that another one contains
-        within = {"language": ("embeddings", "ffn", *MOE_PARTS), "moe": MOE_PARTS[1:]}
+        within = {
+            "language": ("embeddings", "ffn", *MOE_PARTS),
+            "moe": MOE_PARTS[1:],
+            "connector": ("connector.qformer", "connector.projector"),
+        }
         trained = {*trains, *(inner for part in trains for inner in within.get(part, ()))}
         for part in names(optim.get("part_lr")):
             if trains and part in get_args(Part) and part not in trained:

@@ -1,10 +1,10 @@
 """Parts of the model: which parameters a stage trains, at which rate, and how many there are.
 
 A parameter of an adapter belongs to the part `adapter`, wherever it stands, and one that a fusion added to the
-language model's layers to the part `fusion` alone. Any other belongs to one part or, inside
-the language model, to several: `embeddings` (token embedding and output head), `ffn` (dense FFNs) and `moe` (MoE
-layers) are parts of `language` that can be named alone, and so are `moe.router` and `moe.experts` within `moe`. Where
-several are named, the most specific one decides (its learning rate, its row in reports).
+language model's layers to the part `fusion` alone. Any other belongs to one part or to several: `embeddings` (token
+embedding and output head), `ffn` (dense FFNs) and `moe` (MoE layers) are parts of `language` that can be named alone,
+and so are `moe.router` and `moe.experts` within `moe`, `connector.qformer` and `connector.projector` within
+`connector`. Where several are named, the most specific one decides (its learning rate, its row in reports).
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 PARTS: tuple[str, ...] = (
     "vision",
     "connector",
+    "connector.qformer",
+    "connector.projector",
     "fusion",
     "language",
     "embeddings",
@@ -41,6 +43,7 @@ ROWS = frozenset({"vision", "connector", "fusion", "language", "embeddings", "mo
 """Parts that always have a row of their own in reports; the others have one where a stage names them."""
 
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|tok_embeddings|word_embeddings|wte|embed_in|lm_head)\.(weight|bias)$")
+_QFORMER = re.compile(r"\.qformer(_\w+)?(\.|$)")
 _EXPERTS = re.compile(r"\.(experts|shared_experts?)\.")
 _ROUTER = re.compile(r"\.(gate|router|shared_expert_gate|coefficient)\.")
 _FFN = re.compile(r"\.(mlp|feed_forward|ffn)\.")
@@ -99,7 +102,7 @@ def parts_of(name: str) -> tuple[str, ...]:
     if name.startswith("model.vision_tower."):
         return ("vision",)
     if name.startswith("model.connector."):
-        return ("connector",)
+        return ("connector.qformer" if _QFORMER.search(name) else "connector.projector", "connector")
     if in_fusion(name):
         return ("fusion",)
     if name.startswith(("model.language_model.", "lm_head.")):

@@ -55,13 +55,13 @@ def attend(attention, x, context, heads):
 def bert(block, frame, text):
     """One frame ``(n, D)`` and the ids of one text, without padding: the queries' output ``(m, C)``."""
     spec, model = block.spec, block.qformer
-    x, m = block.queries, spec.queries
+    x, m = block.qformer_queries, spec.queries
     norm = model.embeddings.layernorm if spec.instruction else model.layernorm
     if spec.instruction:
         words = model.embeddings.word_embeddings.weight[text] + model.embeddings.position_embeddings.weight[: len(text)]
         x = torch.cat([x, words])
     x = norm(x)
-    features = block.norm(frame)
+    features = block.qformer_norm(frame)
     for number, layer in enumerate(model.encoder.layer):
         x = attend(layer.attention, x, x, spec.heads)
         queries, words = x[:m], x[m:]
@@ -119,7 +119,7 @@ def test_media_without_texts_are_refused():
 def parameters(raw, input_dim):
     with torch.device("meta"):
         module: Any = parse_block({"type": "qformer"} | raw).build(input_dim, 4096)
-    return sum(p.numel() for p in module.qformer.parameters()), module.queries.numel()
+    return sum(p.numel() for p in module.qformer.parameters()), module.qformer_queries.numel()
 
 
 def test_published_parameter_counts():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sparsevlm.adapters.attach import attach
+from sparsevlm.model.build import build_model
 from sparsevlm.moe.upcycle import upcycle_model
 from sparsevlm.recipe.adapter import Lora
 from sparsevlm.recipe.schema import Optim, Upcycle
@@ -33,7 +34,11 @@ def upcycled(model: Any, **fields: Any) -> Any:
     ("name", "parts"),
     [
         ("model.vision_tower.encoder.layers.0.mlp.fc1.weight", ("vision",)),
-        ("model.connector.0.layers.0.weight", ("connector",)),
+        ("model.connector.0.layers.0.weight", ("connector.projector", "connector")),
+        ("model.connector.0.norm.weight", ("connector.projector", "connector")),
+        ("model.connector.0.qformer_queries", ("connector.qformer", "connector")),
+        ("model.connector.0.qformer.qformer_norm.bias", ("connector.qformer", "connector")),
+        ("model.connector.1.qformer.qformer.encoder.layer.0.output.dense.bias", ("connector.qformer", "connector")),
         ("model.language_model.embed_tokens.weight", ("embeddings", "language")),
         ("model.language_model.wte.weight", ("embeddings", "language")),
         ("lm_head.weight", ("embeddings", "language")),
@@ -48,7 +53,7 @@ def upcycled(model: Any, **fields: Any) -> Any:
         ("model.language_model.layers.2.mlp.c_fc.bias", ("ffn", "language")),
         ("model.language_model.layers.2.self_attn.q_proj.weight", ("language",)),
         ("model.language_model.norm.weight", ("language",)),
-        ("module.model.connector.0.weight", ("connector",)),
+        ("module.model.connector.0.weight", ("connector.projector", "connector")),
     ],
 )
 def test_parts_of(name: str, parts: tuple[str, ...]) -> None:
@@ -62,11 +67,9 @@ def test_a_foreign_parameter_is_refused() -> None:
 
 @pytest.mark.parametrize("language", ["llama", "gpt_neox", "phi", "qwen2"])
 def test_every_parameter_of_a_model_has_a_part(language: str, tmp_path: Any) -> None:
-    from sparsevlm.model.build import build_model
-
     model, _ = build_model(tiny.recipe_model(tiny.save_parts(tmp_path, language=language)))
     found = {part for name, _ in model.named_parameters() for part in parts_of(name)}
-    assert found == {"vision", "connector", "language", "embeddings", "ffn"}
+    assert found == {"vision", "connector", "connector.projector", "language", "embeddings", "ffn"}
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     for name, parameter in model.named_parameters():
         assert ("embeddings" in parts_of(name)) == (
@@ -94,10 +97,23 @@ def test_select_trainable_sets_exactly_the_named_parts(tiny_model: Any, trains: 
         assert parameter.requires_grad == is_trained(name, trains)
     assert report.total == sum(p.numel() for p in model.parameters())
     assert report.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    expected = [part for part in PARTS if (part in ROWS or part in trains) and part != "adapter"]  # there is none
+    absent = ("adapter", "fusion")
+    expected = [part for part in PARTS if (part in ROWS or part in trains) and part not in absent]
     if {"moe.router", "moe.experts"} <= set(trains):
         expected.remove("moe")  # nothing is left for it
     assert [row.part for row in report.parts] == expected
+
+
+def test_a_q_former_and_the_rest_of_a_connector_train_apart(tiny_parts: dict[str, str]) -> None:
+    qformer = {"queries": 3, "dim": 8, "layers": 2, "heads": 2, "ff_dim": 12, "vocab_size": 99}
+    model, _ = build_model(tiny.recipe_model(tiny_parts, connector=[{"type": "context_token", "qformer": qformer}]))
+    optim = Optim(lr=1e-3, part_lr={"connector.qformer": 1e-5})
+    apart = [select_trainable(model, [f"connector.{part}"], optim) for part in ("qformer", "projector")]
+    own = model.model.connector[0].qformer
+    assert apart[0].trainable == sum(p.numel() for p in own.parameters())
+    both = select_trainable(model, ["connector"], optim)
+    assert apart[0].trainable + apart[1].trainable == both.trainable
+    assert {row.part: row.lr for row in both.parts if row.trainable} == {"connector": 1e-3, "connector.qformer": 1e-5}
 
 
 def test_a_frozen_tower_leaves_training_mode_and_a_trained_one_does_not(tiny_model: Any) -> None:
@@ -126,7 +142,9 @@ def test_batch_norms_keep_their_statistics_beside_an_adapter(tiny_model: Any) ->
 
 
 def test_a_part_without_parameters_is_refused(tiny_model: Any) -> None:
-    with pytest.raises(ValueError, match=r"trains moe.*it has vision, connector, language, embeddings, ffn"):
+    with pytest.raises(
+        ValueError, match=r"trains moe.*it has vision, connector, connector.projector, language, embeddings, ffn"
+    ):
         select_trainable(tiny_model[0], ["connector", "moe"])
 
 
@@ -199,8 +217,6 @@ def test_counts_on_the_meta_device_are_the_same(tiny_model: Any) -> None:
 
 
 def test_tied_weights_count_once(tmp_path: Any) -> None:
-    from sparsevlm.model.build import build_model
-
     model, _ = build_model(tiny.recipe_model(tiny.save_parts(tmp_path, tie_word_embeddings=True)))
     counts = count_parameters(model)
     vocabulary, width = model.get_input_embeddings().weight.shape
