@@ -18,11 +18,13 @@ _REGISTERED_BY = {
     "transformers.models.auto.configuration_auto": (
         "sparsevlm.model.configuration_sparsevlm",
         "sparsevlm.model.configuration_text",
+        "sparsevlm.vision.raw_config",
     ),
     "transformers.models.auto.modeling_auto": (
         "sparsevlm.model.modeling_sparsevlm",
         "sparsevlm.model.modeling_text",
         "sparsevlm.vision.eva",
+        "sparsevlm.vision.raw",
     ),
     "transformers.models.auto.processing_auto": ("sparsevlm.model.processing_sparsevlm",),
     "peft": ("sparsevlm.adapters.methods",),

@@ -22,6 +22,7 @@ LAYERS: dict[str, int] = {
     "vision.native": 2,
     "vision.patches": 2,
     "vision.raw": 2,
+    "vision.raw_config": 2,
     "vision.side_by_side": 2,
     "vision.sides": 2,
     "vision.views": 2,

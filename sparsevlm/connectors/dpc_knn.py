@@ -90,7 +90,7 @@ class DpcKnnSpec(BlockSpec):
 
     def num_events(self, grid: Grid, kind: MediaKind) -> int | None:
         """Return the number of events of a video, None for what is taken as images."""
-        return ceil(grid.t / self.frames_per_event) if kind is MediaKind.VIDEO and grid.t > 2 else None
+        return ceil(grid.t / self.frames_per_event) if kind.is_video and grid.t > 2 else None
 
     def output_grid(self, grid: Grid, kind: MediaKind) -> Grid:
         """Return ``(frames or events, 1, tokens of all levels)``."""

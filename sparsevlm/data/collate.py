@@ -88,8 +88,9 @@ def _media(documents: Sequence[Encoded]) -> dict[str, Tensor]:
     pixels = [document.pixel_values for document in documents if document.pixel_values is not None]
     if not pixels:
         return {}
-    frames = sum(item.grid.t for document in documents for item in document.items)
-    assert sum(p.shape[0] for p in pixels) == frames, "frames and tower grids disagree"
+    grids = [item.grid for document in documents for item in document.items]
+    rows = sum(grid.t if pixels[0].ndim == 4 else grid.num_tokens for grid in grids)  # frames, or patches
+    assert sum(p.shape[0] for p in pixels) == rows, "pixels and tower grids disagree"
     described = describe_items([document.items for document in documents], [document.guides for document in documents])
     return {"pixel_values": torch.cat(pixels), **described}
 

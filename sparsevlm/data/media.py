@@ -36,6 +36,7 @@ __all__ = [
     "VideoFrames",
     "VideoPolicy",
     "count_frames",
+    "frame_size",
     "frame_times",
     "image_size",
     "load_image",
@@ -171,6 +172,19 @@ def count_frames(media: Media, video: VideoPolicy) -> int:
         return len(_memory_indices(media, len(_frames_of(media)), video))
     info = probe_video(media.source)
     return len(clip_indices(info.total, info.fps, media.start, media.end, video))
+
+
+def frame_size(media: Media) -> tuple[int, int]:
+    """Return ``(width, height)`` of the first frame or view of a medium; of a file, by decoding that frame.
+
+    Raises:
+        BadSampleError: As `load_video`.
+    """
+    if isinstance(media.source, (str, Path, bytes, bytearray)):
+        info = probe_video(media.source)
+        frame, _ = next(iter(stream_video(media.source, info, [0])))
+        return frame.shape[1], frame.shape[0]
+    return image_size(Media(MediaKind.IMAGE, _frames_of(media)[0]))
 
 
 def frame_times(media: Media, video: VideoPolicy) -> list[float]:

@@ -28,6 +28,7 @@ from sparsevlm.moe.metrics import (
     summarise_routing,
     token_modality,
 )
+from sparsevlm.vision.patches import unpatchify
 from sparsevlm.vision.tokens import Grid, MediaKind
 
 if TYPE_CHECKING:
@@ -221,9 +222,15 @@ def _pictures(processor: Any, encoded: Encoded) -> Iterator[tuple[Grid, Tensor, 
         length = sum(item.grid.num_tokens for item in after)
         grid = after[0].grid
         if len(after) == len(items) == 1 and items[0].kind is MediaKind.IMAGE and grid.t == 1 and min(grid[1:]) > 1:
-            assert encoded.pixel_values is not None
-            yield grid, visual[start : start + length], encoded.pixel_values[frame]
-        frame, start = frame + sum(item.grid.t for item in items), start + length
+            pixels = encoded.pixel_values
+            assert pixels is not None
+            tower = items[0].grid
+            patches = pixels[frame : frame + tower.num_tokens]  # at native resolution
+            shown = pixels[frame] if pixels.ndim == 4 else unpatchify(patches, tower.h, tower.w)
+            yield grid, visual[start : start + length], shown
+        packed = encoded.pixel_values is not None and encoded.pixel_values.ndim == 2
+        frame += sum(item.grid.num_tokens if packed else item.grid.t for item in items)
+        start += length
 
 
 def _image(pixels: Tensor, spec: Any) -> Image.Image:

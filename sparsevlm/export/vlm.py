@@ -26,6 +26,14 @@ def llava_config(config: Any, tiling: Any = None) -> Any:
     """
     from transformers import LlavaConfig
 
+    if config.vision_native is not None:
+        raise NoHomeError(
+            WHAT,
+            [
+                "pictures in their own shape (model.vision.resize: native): LLaVA's are squares; set resize to "
+                "stretch, crop or pad and train again from the align stage"
+            ],
+        )
     reasons: list[str] = []
     projector = _projector(config, reasons)
     strategy, image_tokens = _tower(config, reasons)

@@ -23,7 +23,9 @@ from sparsevlm.model.modeling_sparsevlm import SparseVLMForConditionalGeneration
 from sparsevlm.model.processing_sparsevlm import SparseVLMProcessor
 from sparsevlm.recipe import schema
 from sparsevlm.vision.encoder import num_prefix_tokens, output_grid, vision_subconfig
+from sparsevlm.vision.native import check_native, make_native
 from sparsevlm.vision.preprocess import ImageSpec, image_spec_from_config
+from sparsevlm.vision.raw_config import RawPatchesConfig
 from sparsevlm.vision.tokens import MediaKind
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -86,7 +88,10 @@ def build_config(model: schema.Model, *, offline_shapes: bool = False) -> Sparse
     """
     vision = vision_subconfig(part_config(model.vision.path, model.trust_remote_code, offline_shapes))
     text = part_config(model.language.path, model.trust_remote_code, offline_shapes).get_text_config(decoder=True)
-    select = model.vision.select
+    select, native = model.vision.select, model.vision.native
+    if native is not None:
+        check_native(vision)
+        select = "patch"
     if select == "auto":
         select = "patch" if num_prefix_tokens(vision) else "full"
     return SparseVLMConfig(
@@ -96,6 +101,7 @@ def build_config(model: schema.Model, *, offline_shapes: bool = False) -> Sparse
         vision_feature_layer=model.vision.layer,
         vision_feature_select=select,
         image_size=model.vision.image_size,
+        vision_native=None if native is None else native.model_dump(mode="json"),
         image_token_id=text.vocab_size,
         video_token_id=text.vocab_size + 1,
         lm_head_bias=text.model_type in ("phi", "codegen", "gptj"),
@@ -120,6 +126,8 @@ def image_spec(model: schema.Model, config: SparseVLMConfig) -> ImageSpec:
         layer=config.vision_feature_layer,
         select=config.vision_feature_select,
         tiling=model.vision.tiling,
+        native=model.vision.native,
+        long_frames=model.video.long_frames,
     )
 
 
@@ -201,7 +209,7 @@ def build_model(
     config = build_config(model)
     processor = build_processor(model, config)
     trust = {"trust_remote_code": model.trust_remote_code, "dtype": dtype}
-    tower = AutoModel.from_pretrained(resolve_part(model.vision.path), config=config.vision_config, **trust)
+    tower = _tower(model, config, trust)
     source = AutoModelForCausalLM.from_pretrained(resolve_part(model.language.path), config=config.text_config, **trust)
     head: Any = source.get_output_embeddings()
     config.lm_head_bias = getattr(head, "bias", None) is not None
@@ -225,6 +233,17 @@ def build_model(
         ours.resize_token_embeddings(size, mean_resizing=False)
     set_attention(ours, model.language.attention)
     return ours, processor
+
+
+def _tower(model: schema.Model, config: SparseVLMConfig, options: dict[str, Any]) -> nn.Module:
+    """Load the vision tower; one without weights is built."""
+    if isinstance(config.vision_config, RawPatchesConfig):
+        tower = AutoModel.from_config(config.vision_config)
+    else:
+        tower = AutoModel.from_pretrained(resolve_part(model.vision.path), config=config.vision_config, **options)
+    if config.vision_native is not None:
+        make_native(tower, config.vision_native["positions"])
+    return tower
 
 
 @torch.no_grad()

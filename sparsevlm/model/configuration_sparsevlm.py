@@ -21,6 +21,8 @@ class SparseVLMConfig(PreTrainedConfig):
         vision_feature_layer: Hidden layer (or layers, concatenated) of the tower whose features are taken.
         vision_feature_select: ``"patch"`` drops the tower's prefix tokens (CLS, registers), ``"full"`` keeps them.
         image_size: Side in pixels of the frames that the tower is given; default: what it was trained at.
+        vision_native: None for square frames, else the recipe's `model.vision.native`: the tower takes packed patches
+            of pictures in their own shape.
         image_token_id: Id that stands for one visual token of an image.
         video_token_id: Id that stands for one visual token of a video.
         moe: None for a dense model, else ``{"layers": [...], "num_experts": E, "num_experts_per_tok": k,
@@ -43,6 +45,7 @@ class SparseVLMConfig(PreTrainedConfig):
     vision_feature_layer: int | list[int] = -1
     vision_feature_select: Literal["patch", "full"] = "patch"
     image_size: int | None = None
+    vision_native: dict[str, Any] | None = None
     image_token_id: int = 0
     video_token_id: int = 1
     moe: dict[str, Any] | None = None

@@ -31,7 +31,8 @@ def repeat_media(media: dict[str, Tensor], copies: int) -> dict[str, Tensor]:
         The same inputs for the expanded batch: all items of a row follow each other, copy by copy.
     """
     owners = media["media_owners"].tolist()
-    frames = media["pixel_values"].split(media["image_grid_thw"][:, 0].tolist())
+    grids, pixels = media["image_grid_thw"], media["pixel_values"]
+    frames = pixels.split((grids[:, 0] if pixels.ndim == 4 else grids.prod(dim=1)).tolist())  # or patches
     order, rows, media_of = [], [], []
     of = media["media_places"][:, 0].tolist() if "media_places" in media else list(range(len(owners)))
     for row in sorted(set(owners)):

@@ -30,6 +30,7 @@ from sparsevlm.moe.losses import add_routing_losses, wants_losses
 from sparsevlm.moe.padding import leave_out_padding, padding_mask
 from sparsevlm.moe.router import collect_routing, mark_initialized
 from sparsevlm.vision.encoder import feature_dim
+from sparsevlm.vision.native import make_native, native_dim
 
 attention.register()
 
@@ -66,7 +67,8 @@ def add_fusion(language_model: nn.Module, config: SparseVLMConfig) -> None:
 def _connector_widths(config: SparseVLMConfig) -> tuple[list[BlockSpec], list[int]]:
     """Return the connector's blocks, and the widths before the first and after each."""
     specs = parse_connector(config.connector or [])
-    tower_dim = feature_dim(config.vision_config, config.vision_feature_layer)
+    width = feature_dim if config.vision_native is None else native_dim
+    tower_dim = width(config.vision_config, config.vision_feature_layer)
     return specs, connector_dims(specs, tower_dim, config.text_config.hidden_size)
 
 
@@ -80,6 +82,8 @@ class SparseVLMModel(VisualMixin, SparseVLMPreTrainedModel):
         kernel = text_config._experts_implementation
         text_config._experts_implementation = config.vision_config._experts_implementation = None
         self.vision_tower = AutoModel.from_config(config.vision_config)
+        if config.vision_native is not None:
+            make_native(self.vision_tower, config.vision_native["positions"])
         self.connector = build_connector(config)
         self.language_model = AutoModel.from_config(text_config)
         if config.moe is not None:
@@ -119,7 +123,7 @@ class SparseVLMModel(VisualMixin, SparseVLMPreTrainedModel):
 
         Args:
             input_ids: ``(B, T)``; each visual token is one placeholder id.
-            pixel_values: ``(F, 3, height, width)``.
+            pixel_values: ``(F, 3, height, width)``, or patches ``(P, 3 * patch * patch)`` at native resolution.
             image_grid_thw: ``(I, 3)`` tower grid of each item.
             media_kinds: ``(I,)`` index into `MEDIA_KINDS`; default image.
             media_owners: ``(I,)`` document of each item; default 0, 1, 2, ….

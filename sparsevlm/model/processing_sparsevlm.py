@@ -20,7 +20,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from sparsevlm.connectors.base import connector_guide, connector_items, parse_connector
 from sparsevlm.data.collate import describe_items
-from sparsevlm.data.media import VideoFrames, VideoPolicy, count_frames, image_size, load_image
+from sparsevlm.data.media import VideoFrames, VideoPolicy, count_frames, frame_size, image_size, load_image
 from sparsevlm.data.sample import IGNORE_INDEX, BadSampleError, Encoded, Media, Sample
 from sparsevlm.model.configuration_sparsevlm import SparseVLMConfig
 from sparsevlm.model.generation import MEDIA_INPUTS
@@ -29,7 +29,7 @@ from sparsevlm.model.layout import Medium, Tokens, expand, truncate
 from sparsevlm.model.prompt_media import per_text
 from sparsevlm.model.slice_text import SliceText
 from sparsevlm.model.video_text import Texts, VideoText, affordable_frames, interleave
-from sparsevlm.vision.preprocess import ImageSpec, preprocess_frames, preprocess_picture, tower_items
+from sparsevlm.vision.preprocess import ImageSpec, preprocess_medium, tower_items
 from sparsevlm.vision.tokens import MediaKind
 
 Extent = tuple[int, tuple[int, int] | None]
@@ -254,9 +254,7 @@ class SparseVLMProcessor(ProcessorMixin):
 
     def _pixels(self, frames: Sequence[Any], medium: Medium) -> Tensor:
         """Return what the tower gets of one medium."""
-        if medium.kind is MediaKind.IMAGE:
-            return preprocess_picture(frames[0], self.image_spec)
-        return preprocess_frames(frames, self.image_spec)
+        return preprocess_medium(frames, medium.kind, self.image_spec)
 
     def _extent(self, frames: Sequence[Any]) -> Extent:
         """Return what frames that were read count as."""
@@ -267,10 +265,11 @@ class SparseVLMProcessor(ProcessorMixin):
 
     def _measure(self, media: Media) -> Extent:
         """Return the same without decoding."""
+        native = self.image_spec.native is not None
         if media.kind is MediaKind.VIDEO:
-            return count_frames(media, self.video_policy), None
+            return count_frames(media, self.video_policy), frame_size(media) if native else None
         if media.kind is MediaKind.MULTI_VIEW:
-            return len(media.source), None
+            return len(media.source), frame_size(media) if native else None
         return 1, image_size(media) if self.image_spec.needs_size else None
 
     def _batch(self, rows: Sequence[Tokens], frames: Sequence[Sequence[Any]], padding_side: str) -> dict[str, Tensor]:

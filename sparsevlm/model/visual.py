@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from sparsevlm.connectors.base import connector_guide, parse_connector
+from sparsevlm.recipe.native import Native
 from sparsevlm.vision.encoder import default_image_size, encode_frames, output_grid
 from sparsevlm.vision.frames import encoding, frame_positions
+from sparsevlm.vision.native import encode_native, patch_side
+from sparsevlm.vision.sides import native_items
 from sparsevlm.vision.tokens import MEDIA_KINDS, NO_PLACE, Grid, Guides, ItemShape, MediaKind, Place, VisualTokens
 
 
@@ -53,7 +56,8 @@ class VisualMixin:
         """Run the vision tower and the connector.
 
         Args:
-            pixel_values: ``(F, 3, height, width)``, frames of all items in order.
+            pixel_values: ``(F, 3, height, width)``, frames of all items in order; at native resolution their patches
+                ``(P, 3 * patch * patch)``.
             items: The items as they leave the tower.
             owners: Sample that each item belongs to.
             guides: Texts for blocks that look at text.
@@ -67,16 +71,26 @@ class VisualMixin:
         grids, kinds, media, places = zip(*items, strict=True)
         grad = torch.set_grad_enabled(torch.is_grad_enabled() and not frozen)
         with grad, encoding(frame_positions(grids, kinds, pictures)):
-            features = encode_frames(
-                self.vision_tower,
-                pixel_values,
-                layer=self.config.vision_feature_layer,
-                select=self.config.vision_feature_select,
-            )  # (F, h * w, D)
-        tokens = VisualTokens(features.flatten(0, 1), grids, kinds, tuple(owners), media, places, guides)
+            features = self._features(pixel_values, grids)  # (N, D)
+        tokens = VisualTokens(features, grids, kinds, tuple(owners), media, places, guides)
         for block in self.connector:
             tokens = block(tokens)
         return tokens
+
+    def _features(self, pixel_values: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Return what the tower gives, ``(N, D)``."""
+        config = self.config
+        if config.vision_native is not None:
+            features = encode_native(self.vision_tower, pixel_values, grids, config.vision_feature_layer)
+            if next(self.vision_tower.parameters(), None) is None:  # a tower without weights has no type
+                features = features.to(next((p.dtype for p in self.connector.parameters()), features.dtype))
+            return features
+        return encode_frames(
+            self.vision_tower,
+            pixel_values,
+            layer=config.vision_feature_layer,
+            select=config.vision_feature_select,
+        ).flatten(0, 1)
 
     def touch_vision(self, inputs_embeds: Tensor) -> Tensor:
         """Give a text-only training batch a zero-weighted path through tower and connector.
@@ -89,19 +103,30 @@ class VisualMixin:
     def encode_nothing(self, device: torch.device) -> VisualTokens:
         """Return the visual tokens of a black picture."""
         config = self.config
-        size = config.image_size or default_image_size(config.vision_config)
-        h, w = output_grid(config.vision_config, size, config.vision_feature_layer, config.vision_feature_select)
-        dtype = next(self.vision_tower.parameters()).dtype
-        pixels = torch.zeros(1, 3, size, size, dtype=dtype, device=device)
+        items, shape = self._least_picture()
+        # A tower without weights has no type: pixels stay as they are.
+        dtype = next((p.dtype for p in self.vision_tower.parameters()), torch.float32)
+        pixels = torch.zeros(shape, dtype=dtype, device=device)
         guides = None
         if connector_guide(parse_connector(config.connector)) is not None:
             text = torch.zeros(1, 1, dtype=torch.long, device=device)
-            guides = Guides(text, text + 1, (0,))
-        return self.encode_media(pixels, [ItemShape(Grid(1, h, w), MediaKind.IMAGE)], [0], guides)
+            guides = Guides(text, text + 1, (0,) * len(items))
+        return self.encode_media(pixels, items, [0] * len(items), guides)
 
     def placeholders(self, input_ids: Tensor) -> Tensor:
         """Return which tokens stand for visual ones, ``(B, T)`` bool."""
         return (input_ids == self.config.image_token_id) | (input_ids == self.config.video_token_id)
+
+    def _least_picture(self) -> tuple[list[ItemShape], tuple[int, ...]]:
+        """Return the items of the smallest picture that there can be, and the shape of its pixels."""
+        config = self.config
+        if config.vision_native is not None:
+            patch = patch_side(config.vision_config)
+            items = native_items(Native.model_validate(config.vision_native), patch, MediaKind.IMAGE, 1, (1, 1))
+            return items, (sum(item.grid.num_tokens for item in items), 3 * patch**2)
+        size = config.image_size or default_image_size(config.vision_config)
+        h, w = output_grid(config.vision_config, size, config.vision_feature_layer, config.vision_feature_select)
+        return [ItemShape(Grid(1, h, w), MediaKind.IMAGE)], (1, 3, size, size)
 
     def write_media(self, input_ids: Tensor, inputs_embeds: Tensor, tokens: VisualTokens) -> Tensor:
         """Write visual features over their placeholders, in reading order."""

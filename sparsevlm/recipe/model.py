@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from sparsevlm.recipe.fusion import Fusion
+from sparsevlm.recipe.native import Native
 from sparsevlm.recipe.section import CrossFault, Positive, Strict, nested_error, view
 from sparsevlm.recipe.tiling import STRETCHED, Tiling
 from sparsevlm.recipe.video import Video
@@ -44,15 +45,33 @@ class Vision(Strict):
     a grid), `auto` drops them where the tower has any."""
     image_size: int | None = Field(default=None, ge=1)
     """Side in pixels that pictures are brought to; default: what the tower was trained at."""
-    resize: Literal["stretch", "crop", "pad"] = "pad"
+    resize: Literal["stretch", "crop", "pad", "native"] = "pad"
     """`stretch` ignores the aspect ratio, `crop` resizes the short side and cuts the centre, `pad` resizes the long
-    side and fills to a square with the mean colour."""
+    side and fills to a square with the mean colour. `native` gives the tower pictures in their own shape, in the sides
+    that `native` says: SigLIP, SigLIP 2, CLIP, DINOv2, ViT or `sparsevlm:patches`."""
+    native: Native | None = None
+    """Sides for `resize: native`."""
     tiling: Tiling | None = None
     """Cut pictures into several frames; default: one frame a picture."""
     mean: tuple[float, float, float] | None = None
     """Channel means; default: the tower's preprocessor file, else its config, else 0.5."""
     std: tuple[Positive, Positive, Positive] | None = None
     """Channel standard deviations; default as for `mean`."""
+
+    @classmethod
+    def cross_faults(cls, raw: dict[str, Any]) -> Iterator[CrossFault]:
+        """See `Strict`."""
+        native = raw.get("resize") == "native"
+        if native and raw.get("native") is None:
+            yield ("resize",), "'native' needs the section 'native', which says what sides pictures are brought to"
+        if not native and raw.get("native") is not None:
+            yield ("native",), "needs resize: native"
+        if native:
+            for name in ("image_size", "tiling"):
+                if raw.get(name) is not None:
+                    yield (name,), f"has no meaning with resize: native; leave '{name}' out"
+            if raw.get("select") == "full":
+                yield ("select",), "'full' gives up the grid, which pictures of any shape need; leave 'select' out"
 
 
 class Language(Strict):
@@ -95,11 +114,19 @@ class Model(Strict):
     @classmethod
     def cross_faults(cls, raw: dict[str, Any]) -> Iterator[CrossFault]:
         """See `Strict`."""
-        image, video = raw.get("image_token", "<image>"), raw.get("video_token", "<video>")
-        if image == video:
+        image, clip = raw.get("image_token", "<image>"), raw.get("video_token", "<video>")
+        if image == clip:
             at = "video_token" if "video_token" in raw else "image_token"
             yield (at,), f"images and videos need different placeholders, both are {image!r}"
-        tiling = view(view(raw.get("vision")).get("tiling")).get("type")
+        vision, video = view(raw.get("vision")), view(raw.get("video"))
+        if vision.get("resize") == "native" and video.get("max_tokens") is not None:
+            yield ("video", "max_tokens"), "with resize: native a frame has tokens by its size; set max_frames instead"
+        if view(vision.get("native")).get("long_video") is not None and video.get("long_frames") is None:
+            yield (
+                ("vision", "native", "long_video"),
+                "say from how many frames on a video is long: model.video.long_frames",
+            )
+        tiling = view(vision.get("tiling")).get("type")
         blocks = raw.get("connector")
         for i, block in enumerate(blocks if isinstance(blocks, list) else ()):
             options = view(block)

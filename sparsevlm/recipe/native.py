@@ -77,18 +77,10 @@ class Native(Strict):
     video: NativeRule | None = None
     """Frames of videos, and views of scenes; default: as `image`."""
     long_video: NativeRule | None = None
-    """Frames of long videos; default: as `video`."""
-    long_video_frames: int | None = Field(default=None, ge=2)
-    """Videos of at least so many frames are long: an own kind of media for connector blocks too. Default: none is."""
+    """Frames of long videos (`model.video.long_frames` says which are); default: as `video`."""
     positions: Literal["own", "bilinear", "bicubic"] = "own"
     """How the position grid is resampled to a picture's; `own` is the tower's way (bicubic; SigLIP 2: bilinear,
     antialiased)."""
-
-    @classmethod
-    def cross_faults(cls, raw: dict[str, Any]) -> Iterator[CrossFault]:
-        """See `Strict`."""
-        if raw.get("long_video") is not None and raw.get("long_video_frames") is None:
-            yield ("long_video",), "say from how many frames on a video is long: long_video_frames"
 
 
 def rules_of(native: Any) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -365,6 +365,8 @@ class Recipe(Strict):
                 if upcycled:
                     yield (*at, "upcycle"), f"stage {upcycled!r} already upcycled the model"
                 upcycled = upcycled or name
+            if stage.get("image_size") is not None and view(view(raw.get("model")).get("vision")).get("native"):
+                yield (*at, "image_size"), "has no meaning with resize: native; leave 'image_size' out"
             adapter = view(stage.get("adapter"))
             sharding = view(raw.get("sharding") if stage.get("sharding") is None else stage["sharding"])
             yield from (((*at, "adapter", *place), what) for place, what in sharding_faults(adapter, sharding))

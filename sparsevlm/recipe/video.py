@@ -58,6 +58,9 @@ class Video(Strict):
     """How `n` frames are chosen of `N`: `even`, every `(N - 1) / (n - 1)`-th, rounded; `floor`, the same cut off to
     whole numbers (Video-LLaVA, Oryx); `stride`, every `floor(N / n)`-th from the first (MiniGPT4-Video; up to half of
     the video's end goes unseen)."""
+    long_frames: int | None = Field(default=None, ge=2)
+    """Videos of which at least so many frames are drawn are long, an own kind of media: `vision.native.long_video`
+    gives their sides, and `dynamic_compressor` has a ratio for them. Default: no video is."""
     max_tokens: int | None = Field(default=None, ge=1)
     """Visual tokens a video: `max_frames` is lowered to what fits."""
     frame_text: Annotated[str, AfterValidator(_frame_text)] = ""
@@ -73,3 +76,6 @@ class Video(Strict):
         if fewest is not None and most is not None and fewest > most:
             at = "min_frames" if "min_frames" in raw else "max_frames"
             yield (at,), f"min_frames {fewest} is more than max_frames {most}"
+        long = number(raw.get("long_frames"))
+        if long is not None and most is not None and long > most:
+            yield ("long_frames",), f"no video is long: long_frames {long} is more than max_frames {most}"

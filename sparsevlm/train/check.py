@@ -21,11 +21,13 @@ from sparsevlm.model.configuration_sparsevlm import SparseVLMConfig
 from sparsevlm.model.isolation import kind_isolates
 from sparsevlm.moe.upcycle import upcycle_model
 from sparsevlm.recipe.load import Fault, RecipeError, option_fault
+from sparsevlm.recipe.native import rules_of
 from sparsevlm.recipe.schema import Recipe, Stage
 from sparsevlm.recipe.section import OptionPath
 from sparsevlm.train.flops import Shape
 from sparsevlm.train.parts import select_trainable
 from sparsevlm.vision.encoder import default_image_size, feature_dim, output_grid, vision_subconfig
+from sparsevlm.vision.native import check_native, native_dim, native_side, patch_side
 from sparsevlm.vision.preprocess import ImageSpec, tower_items
 from sparsevlm.vision.tokens import ItemShape, MediaKind
 
@@ -125,6 +127,9 @@ class ModelCheck:
     def _tower(self, vision: Any, path: OptionPath, wanted: int | None) -> None:
         """Check picture size and layer."""
         options = self.recipe.model.vision
+        if options.native is not None:
+            self._native(vision, options)
+            return
         try:
             own = default_image_size(vision)
         except ValueError as error:
@@ -147,6 +152,26 @@ class ModelCheck:
             output_grid(vision, size, options.layer)
         except ValueError as error:
             self.fault(path, error)
+
+    def _native(self, vision: Any, options: Any) -> None:
+        """Check a tower at native resolution: that it is one, its layer, and that sides hold whole patches."""
+        at = ("model", "vision")
+        try:
+            check_native(vision)
+        except ValueError as error:
+            self.fault((*at, "resize"), error)
+            return
+        try:
+            native_dim(vision, options.layer)
+        except ValueError as error:
+            self.fault((*at, "layer"), error)
+        patch = patch_side(vision)
+        for name, rule in rules_of(options.native):
+            if rule["multiple"] % patch:
+                self.fault(
+                    (*at, "native", name, "multiple"),
+                    f"sides that are multiples of {rule['multiple']} pixels do not hold whole patches of {patch}",
+                )
 
     def _vocabulary(self) -> int:
         """Check the chat template and return the tokens that the tokenizer will have; 0 where none can be read."""
@@ -177,6 +202,8 @@ class ModelCheck:
 
     def image_size(self, config: SparseVLMConfig, stage: str) -> int:
         """Return the side that pictures are brought to in a stage."""
+        if config.vision_native is not None:
+            return native_side(config.vision_config)  # pyright: ignore
         return self.recipe.image_size_in(stage) or default_image_size(config.vision_config)  # pyright: ignore
 
     def pictures(self, config: SparseVLMConfig, side: int) -> ImageSpec:
@@ -187,14 +214,30 @@ class ModelCheck:
         model = self.recipe.model
         tower: Any = config.vision_config
         layer, select = config.vision_feature_layer, config.vision_feature_select
-        h, w = output_grid(tower, side, layer, select)
-        width = feature_dim(tower, layer)
+        native = model.vision.native
+        if native is None:
+            h, w = output_grid(tower, side, layer, select)
+            width = feature_dim(tower, layer)
+        else:
+            h = w = side // patch_side(tower)
+            width = native_dim(tower, layer)
         text_width = config.text_config.hidden_size  # pyright: ignore
         vision = model.vision
-        pictures = ImageSpec(side, vision.resize, (0.0,) * 3, (1.0,) * 3, (h, w), tiling=vision.tiling)  # pyright: ignore
+        pictures = ImageSpec(
+            side,
+            vision.resize,
+            (0.0, 0.0, 0.0),
+            (1.0, 1.0, 1.0),
+            (h, w),
+            tiling=vision.tiling,
+            native=native,
+            long_frames=model.video.long_frames,
+        )
         sizes = [(side, side), (4 * side, 3 * side), (side, 3 * side)] if pictures.needs_size else [(side, side)]
         media = [tower_items(pictures, MediaKind.IMAGE, 1, size) for size in sizes]
-        media.append(tower_items(pictures, MediaKind.VIDEO, model.video.max_frames, sizes[0]))
+        most, long = model.video.max_frames, model.video.long_frames or 1
+        for frames in {most, min(most, max(1, long - 1))}:
+            media.append(tower_items(pictures, MediaKind.VIDEO, frames, sizes[0]))
         for i, spec in enumerate(parse_connector(model.connector)):
             try:
                 media = [spec.output_items(items) for items in media]
@@ -330,6 +373,6 @@ class ModelCheck:
             rows=batch.rows,
             rows_per_rank=batch.rows_per_rank,
             row_tokens=batch.max_length,
-            row_frames=held * sum(item.grid.t for item in items),
+            row_frames=held * (1 if pictures.native else sum(item.grid.t for item in items)),
             block_tokens=tuple(held * tokens for tokens in steps),
         )

@@ -8,7 +8,7 @@ Legend: T tokens a step, S tokens a row, N visual tokens a step, F frames a step
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,6 +25,8 @@ from sparsevlm.train.quantised_memory import quantised_memory
 from sparsevlm.train.sharding import deepspeed_config, uses_deepspeed
 from sparsevlm.vision.encoder import encode_frames
 from sparsevlm.vision.frames import encoding
+from sparsevlm.vision.native import encode_native, patch_side
+from sparsevlm.vision.tokens import ItemShape
 
 _LAYER = re.compile(r"\.(\d+)\.")
 
@@ -85,7 +87,7 @@ class Shape:
         rows: Rows an optimizer step.
         rows_per_rank: Rows that a rank holds at once.
         row_tokens: S.
-        row_frames: Frames of a row.
+        row_frames: Frames of a row; at native resolution its media.
         block_tokens: Visual tokens of a row as they leave each connector block.
     """
 
@@ -182,8 +184,14 @@ def _mma_matrix(index: int | None, path: str, weight: Any) -> Matrix:
     return Matrix(index, weight.shape[1], weight.shape[0], 1, weight.requires_grad)
 
 
-def measure_tower(model: Any, image_size: int) -> Tower:
-    """Count a frame's operations and activations by sending one through the tower on the meta device."""
+def measure_tower(model: Any, image_size: int, items: Sequence[ItemShape] | None = None) -> Tower:
+    """Count a frame's operations and activations by sending one through the tower on the meta device.
+
+    Args:
+        model: On the meta device.
+        image_size: Side of a frame.
+        items: At native resolution the items of a medium, which are counted instead of a frame.
+    """
     tower = model.model.vision_tower
     numbers = 0
 
@@ -196,12 +204,14 @@ def measure_tower(model: Any, image_size: int) -> Tower:
     try:
         # As a slice, not a whole picture: adapters that tell them apart may leave whole pictures alone.
         with FlopCounterMode(display=False) as counter, torch.no_grad(), encoding([0]):
-            features = encode_frames(
-                tower,
-                torch.empty(1, 3, image_size, image_size, device="meta"),
-                layer=model.config.vision_feature_layer,
-                select=model.config.vision_feature_select,
-            )
+            layer, select = model.config.vision_feature_layer, model.config.vision_feature_select
+            if items is None:
+                frame = torch.empty(1, 3, image_size, image_size, device="meta")
+                features = encode_frames(tower, frame, layer=layer, select=select)
+            else:
+                tokens, patch = sum(item.grid.num_tokens for item in items), patch_side(tower.config)
+                patches = torch.empty(tokens, 3 * patch**2, device="meta")
+                features = encode_native(tower, patches, [item.grid for item in items], layer)
     finally:
         for handle in handles:
             handle.remove()

@@ -17,7 +17,7 @@ from sparsevlm.model.modeling_sparsevlm import SparseVLMForConditionalGeneration
 from sparsevlm.recipe.hub import describe_hub
 from sparsevlm.recipe.load import RecipeError
 from sparsevlm.recipe.schema import Recipe, Stage
-from sparsevlm.train.check import ModelCheck, count_visual, parse_medium
+from sparsevlm.train.check import ModelCheck, count_visual, items_of, parse_medium
 from sparsevlm.train.expert_parallel import find_faults, find_model_faults, ranks_of_experts
 from sparsevlm.train.flops import Shape, Tower, flops_per_step, measure_tower, memory_per_rank
 from sparsevlm.train.parts import count_parameters, select_trainable
@@ -66,7 +66,8 @@ def plan(recipe: Recipe, media: Sequence[str] = (), *, world: int = 1) -> dict[s
             continue
         side = sides[name]
         if tower is None or stage.adapter is not None or adapted or side != measured:
-            tower, measured = measure_tower(model, side), side  # it may carry an adapter now, or no longer
+            items = items_of(recipe, pictures[side], counted[0]) if pictures[side].native else None
+            tower, measured = measure_tower(model, side, items), side  # it may carry an adapter now, or no longer
         adapted = stage.adapter is not None
         tokens = {medium.name: count_visual(recipe, pictures[side], medium) for medium in counted}
         shape = check.shape(name, stage, pictures[side], counted[0], packable, world)

@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsevlm.recompute import carried, carry_to_recomputation, setting
-from sparsevlm.vision.encoder import as_layers, build_tower, plain_modules
-from sparsevlm.vision.raw import RawPatchesModel
+from sparsevlm.vision.encoder import as_layers, build_tower, default_image_size, plain_modules
 from sparsevlm.vision.tokens import Grid
 
 if TYPE_CHECKING:
@@ -178,13 +177,12 @@ def make_native(tower: Any, positions: str = "own") -> None:
         ValueError: The tower is none of the known ones.
     """
     check_native(tower.config)
-    if isinstance(tower, RawPatchesModel):
+    if tower.config.model_type == RAW:
         return
     embeddings = tower.embeddings
     if not isinstance(embeddings, _PackedEmbeddings):
         embeddings.__class__ = _packed_class(_KINDS[tower.config.model_type], type(embeddings))
     embeddings.positions = positions
-    register()
     tower.set_attn_implementation(ATTENTION)
 
 
@@ -214,7 +212,7 @@ def encode_native(tower: Any, patches: Tensor, grids: Sequence[Grid], layer: int
             f"pixel_values {tuple(patches.shape)} do not hold the {total} patches of grids "
             f"{[str(grid) for grid in grids][:8]}; a tower at native resolution takes (patches, 3 * patch * patch)"
         )
-    if isinstance(tower, RawPatchesModel):
+    if tower.config.model_type == RAW:
         return tower(patches).last_hidden_state[0]
     if torch.is_grad_enabled():
         carry_to_recomputation(tower, "which patches belong together", "freeze the tower")
@@ -283,6 +281,14 @@ def patch_side(vision_config: PreTrainedConfig) -> int:
     if len(sides) != 1:
         raise ValueError(f"vision tower {vision_config.model_type!r} has patches of {patch}; squares are needed")
     return sides.pop()
+
+
+def native_side(vision_config: PreTrainedConfig) -> int:
+    """Return the side in pixels of the square that the tower's position grid is for."""
+    side = getattr(vision_config, "image_size", None)
+    if side is None:  # NaFlex: a number of patches
+        return round(vision_config.num_patches**0.5) * patch_side(vision_config)
+    return default_image_size(vision_config)
 
 
 def register() -> None:
@@ -358,3 +364,6 @@ def _has_kernel(query: Tensor) -> bool:
         and query.shape[-1] % 8 == 0
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )
+
+
+register()  # at import: a config that was set to this attention may come from another process

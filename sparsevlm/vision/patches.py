@@ -5,7 +5,8 @@ Legend: P patches of all items together, p side of a patch in pixels, h x w patc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import torch
 from PIL import Image
@@ -17,7 +18,8 @@ from sparsevlm.vision.tokens import MediaKind
 
 
 def native_patches(
-    frames: Sequence[Image.Image],
+    frames: Iterable[Image.Image],
+    num_frames: int,
     kind: MediaKind,
     native: Native,
     patch: int,
@@ -28,8 +30,9 @@ def native_patches(
     """Return the patches of a medium, as `native_items` counts them.
 
     Args:
-        frames: RGB pictures. Those after the first are brought to its sides.
-        kind: Of the medium.
+        frames: RGB pictures; one is held at a time. Those after the first are brought to its sides.
+        num_frames: Their number.
+        kind: Of the medium, long videos told from others.
         native: The rules.
         patch: p.
         mean: Channel means of pixels in [0, 1].
@@ -40,18 +43,20 @@ def native_patches(
         ``(P, 3 * p * p)`` float32: items and frames in order, each in raster order of its patches; within a patch
         channel, row, column.
     """
-    views = native_views(native, kind, len(frames), frames[0].size)
-    brought = {}
-    parts = []
-    for view in reversed(views):  # the whole picture comes last; an overview is made of it as it is then
-        fill = _fill(native, view, views)
-        for i, frame in enumerate(frames):
-            source = brought.get(i, frame)
+    upcoming = iter(frames)
+    first = next(upcoming)
+    views = native_views(native, kind, first.size)
+    fills = [_fill(native, view, views) for view in views]
+    counts = [width * height // patch**2 for width, height in (view.sides.canvas for view in views)]
+    patches = torch.empty(num_frames * sum(counts), 3 * patch**2)
+    parts = [part.unflatten(0, (num_frames, -1)) for part in patches.split([num_frames * count for count in counts])]
+    for i, frame in enumerate(chain([first], upcoming)):
+        for view, fill, part in list(zip(views, fills, parts, strict=True))[::-1]:
+            # The whole picture comes last; an overview is made of it as it is then.
             size = view.sides.content
-            brought[i] = source if source.size == size else source.resize(size, resample)
-        pixels = [_normalise(brought[i], view, fill, mean, std) for i in range(len(frames))]
-        parts.append(torch.cat([patchify(each, patch) for each in pixels]))
-    return torch.cat(parts[::-1])
+            frame = frame if frame.size == size else frame.resize(size, resample)
+            part[i] = patchify(_normalise(frame, view, fill, mean, std), patch)
+    return patches
 
 
 def patchify(pixels: Tensor, patch: int) -> Tensor:

@@ -17,15 +17,19 @@ from PIL import Image
 from pydantic import TypeAdapter
 from torch import Tensor
 
+from sparsevlm.recipe.native import Native, rules_of
 from sparsevlm.recipe.tiling import Tiling
 from sparsevlm.vision.encoder import Layer, Select, default_image_size, output_grid, timm_pretrained_cfg
+from sparsevlm.vision.native import native_side, patch_side
+from sparsevlm.vision.patches import native_patches
+from sparsevlm.vision.sides import native_items
 from sparsevlm.vision.tokens import Grid, ItemShape, MediaKind
 from sparsevlm.vision.views import Size, View, picture_views
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-Resize = Literal["stretch", "crop", "pad"]
+Resize = Literal["stretch", "crop", "pad", "native"]
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -41,12 +45,15 @@ class ImageSpec:
     Attributes:
         image_size: S.
         resize: `stretch` ignores the aspect ratio; `crop` brings the short side to S and cuts the centre; `pad` brings
-            the long side to S and fills the rest, the picture in the middle, with the mean colour (0 once normalised).
+            the long side to S and fills the rest, the picture in the middle, with the mean colour (0 once normalised);
+            `native` keeps the picture's shape, in the sides that `native` says.
         mean: Channel means of pixels in [0, 1].
         std: Channel standard deviations.
         patch_grid: ``(h, w)`` tokens that the tower gives for a frame.
         interpolation: Filter of the resize; always antialiased.
         tiling: How pictures are cut into several frames; None: one frame a picture. Videos and views are never cut.
+        native: Sides of pictures at native resolution; S and `patch_grid` only say how large a patch is then.
+        long_frames: Videos of at least so many frames are long; None: none is.
     """
 
     image_size: int
@@ -56,14 +63,26 @@ class ImageSpec:
     patch_grid: tuple[int, int]
     interpolation: str = "bicubic"
     tiling: Tiling | None = None
+    native: Native | None = None
+    long_frames: int | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.native, Mapping):
+            object.__setattr__(self, "native", Native.model_validate(self.native))
         if isinstance(self.tiling, Mapping):  # from JSON
             object.__setattr__(self, "tiling", TypeAdapter(Tiling).validate_python(self.tiling))
         for name in ("mean", "std", "patch_grid"):  # lists after a trip through JSON
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.resize not in ("stretch", "crop", "pad"):
-            raise ValueError(f"resize {self.resize!r} is none of stretch, crop, pad")
+        if self.resize not in ("stretch", "crop", "pad", "native"):
+            raise ValueError(f"resize {self.resize!r} is none of stretch, crop, pad, native")
+        if (self.resize == "native") != (self.native is not None):
+            raise ValueError(f"resize {self.resize!r} with native {self.native!r}: the one needs the other")
+        for name, rule in rules_of(self.native):
+            if rule["multiple"] % self.patch:
+                raise ValueError(
+                    f"native.{name}: sides that are multiples of {rule['multiple']} pixels do not hold whole patches "
+                    f"of {self.patch}"
+                )
         if self.interpolation not in _FILTERS:
             raise ValueError(f"interpolation {self.interpolation!r} is none of {', '.join(_FILTERS)}")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
@@ -74,12 +93,18 @@ class ImageSpec:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-        return plain | {"tiling": None if self.tiling is None else self.tiling.model_dump(mode="json")}
+        plain |= {"tiling": None if self.tiling is None else self.tiling.model_dump(mode="json")}
+        return plain | {"native": None if self.native is None else self.native.model_dump(mode="json")}
 
     @property
     def needs_size(self) -> bool:
         """Whether the number of a picture's tokens depends on its size."""
-        return self.tiling is not None
+        return self.tiling is not None or self.native is not None
+
+    @property
+    def patch(self) -> int:
+        """Side of a patch in pixels, for towers at native resolution."""
+        return self.image_size // self.patch_grid[1]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ImageSpec:
@@ -97,6 +122,8 @@ def image_spec_from_config(
     layer: Layer = -1,
     select: Select = "patch",
     tiling: Tiling | None = None,
+    native: Native | None = None,
+    long_frames: int | None = None,
 ) -> ImageSpec:
     """Gather what a tower expects of its pictures.
 
@@ -114,6 +141,8 @@ def image_spec_from_config(
         layer: Hidden layer(s) that features are taken from; decides the grid of a CNN.
         select: ``full`` keeps prefix tokens and with them gives up the grid, see `encoder.output_grid`.
         tiling: See `ImageSpec`.
+        native: See `ImageSpec`.
+        long_frames: See `ImageSpec`.
 
     Raises:
         ValueError: No image size is known, or the tower cannot take it.
@@ -121,6 +150,8 @@ def image_spec_from_config(
     stated = dict(preprocessor or {})
     timm_cfg = timm_pretrained_cfg(vision_config) if vision_config.model_type == "timm_wrapper" else {}
     plain = stated.get("do_normalize") is False
+    if native is not None:
+        image_size = native_side(vision_config)
     if image_size is None:
         try:
             image_size = default_image_size(vision_config)
@@ -133,14 +164,20 @@ def image_spec_from_config(
         interpolation = Image.Resampling(filter_code).name.lower()
     else:
         interpolation = timm_cfg.get("interpolation", "bicubic")
+    if native is None:
+        grid = output_grid(vision_config, image_size, layer, select)
+    else:
+        grid = image_size // patch_side(vision_config), image_size // patch_side(vision_config)
     return ImageSpec(
         image_size=image_size,
         resize=resize,
         mean=_channels(mean, 0.0 if plain else stated.get("image_mean"), timm_cfg.get("mean"), 0.5),
         std=_channels(std, 1.0 if plain else stated.get("image_std"), timm_cfg.get("std"), 0.5),
-        patch_grid=output_grid(vision_config, image_size, layer, select),
+        patch_grid=grid,
         interpolation=interpolation if interpolation in _FILTERS else "bicubic",
         tiling=tiling,
+        native=native,
+        long_frames=long_frames,
     )
 
 
@@ -169,6 +206,27 @@ def preprocess_frames(frames: Sequence[Image.Image | np.ndarray], spec: ImageSpe
     return pixels
 
 
+def preprocess_medium(frames: Sequence[Image.Image | np.ndarray], kind: MediaKind, spec: ImageSpec) -> Tensor:
+    """Return what the tower gets of a medium, as `tower_items` counts it.
+
+    Args:
+        frames: The picture, or the frames or views.
+        kind: Of the medium.
+        spec: What to bring them to.
+
+    Returns:
+        ``(F, 3, S, S)``, or at native resolution ``(P, 3 * patch * patch)``; float32, normalised.
+
+    Raises:
+        ValueError: As `preprocess_frames`.
+    """
+    if spec.native is not None:
+        pictures, resample = map(_to_picture, frames), _FILTERS[spec.interpolation]
+        kind = item_kind(spec, kind, len(frames))
+        return native_patches(pictures, len(frames), kind, spec.native, spec.patch, spec.mean, spec.std, resample)
+    return preprocess_picture(frames[0], spec) if kind is MediaKind.IMAGE else preprocess_frames(frames, spec)
+
+
 def preprocess_picture(picture: Image.Image | np.ndarray, spec: ImageSpec) -> Tensor:
     """Return all frames of a picture, ``(F, 3, S, S)``, as `tower_items` counts them."""
     if spec.tiling is None:
@@ -182,22 +240,32 @@ def preprocess_picture(picture: Image.Image | np.ndarray, spec: ImageSpec) -> Te
     return torch.stack(frames)
 
 
+def item_kind(spec: ImageSpec, kind: MediaKind, num_frames: int) -> MediaKind:
+    """Return the kind of a medium's items: a medium is a video, its item may be a long one."""
+    long = spec.long_frames is not None and num_frames >= spec.long_frames
+    return MediaKind.LONG_VIDEO if long and kind is MediaKind.VIDEO else kind
+
+
 def tower_items(spec: ImageSpec, kind: MediaKind, num_frames: int = 1, size: Size | None = None) -> list[ItemShape]:
-    """Return the items of one medium as they leave the tower.
+    """Return the items of one medium as they leave the tower; at native resolution also as they come to it.
 
     Args:
         spec: How pictures become frames.
         kind: Of the medium.
         num_frames: Frames of a video, views of a scene.
-        size: ``(width, height)`` of a picture; needed where `needs_size`.
+        size: ``(width, height)`` of a picture; needed where `needs_size`. At native resolution also of a frame.
 
     Raises:
         ValueError: The size is needed and not there.
     """
-    if spec.tiling is None or kind is not MediaKind.IMAGE:
+    kind = item_kind(spec, kind, num_frames)
+    if spec.native is None and (spec.tiling is None or kind is not MediaKind.IMAGE):
         return [ItemShape(Grid(num_frames, *spec.patch_grid), kind)]
     if size is None:
         raise ValueError("the tokens of a picture depend on its size here: give it as (width, height)")
+    if spec.native is not None:
+        return native_items(spec.native, spec.patch, kind, num_frames, size)
+    assert spec.tiling is not None
     views = picture_views(spec.tiling, spec.image_size, size)
     return [ItemShape(Grid(1, *spec.patch_grid), view.kind, 0, view.place) for view in views]
 

@@ -8,29 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-
-@strict
-class RawPatchesConfig(PreTrainedConfig):
-    """Configuration of `RawPatchesModel`.
-
-    Args:
-        patch_size: Side of a patch in pixels.
-        image_size: Side of a square picture; only an example, pictures have their own sizes.
-    """
-
-    model_type = "sparsevlm_patches"
-    patch_size: int = 30
-    image_size: int = 300
-
-    @property
-    def hidden_size(self) -> int:
-        """Numbers of a patch."""
-        return 3 * self.patch_size**2
+from sparsevlm.vision.raw_config import RawPatchesConfig
 
 
 class RawPatchesModel(PreTrainedModel):
@@ -54,5 +36,4 @@ class RawPatchesModel(PreTrainedModel):
         return BaseModelOutput(last_hidden_state=pixel_values[None])  # pyright: ignore[reportArgumentType]
 
 
-AutoConfig.register(RawPatchesConfig.model_type, RawPatchesConfig, exist_ok=True)
 AutoModel.register(RawPatchesConfig, RawPatchesModel, exist_ok=True)

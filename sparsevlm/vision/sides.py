@@ -96,19 +96,18 @@ def _fit(rule: FitRule, size: Size) -> Sides:
     return Sides((width, height), (ceil(width / m) * m, ceil(height / m) * m))
 
 
-def native_views(native: Native, kind: MediaKind, num_frames: int, size: Size) -> list[NativeView]:
+def native_views(native: Native, kind: MediaKind, size: Size) -> list[NativeView]:
     """Return the items of a medium and their sides, in the order of its tokens.
 
     Args:
         native: The rules.
-        kind: Of the medium.
-        num_frames: Frames of a video, views of a scene.
+        kind: Of the medium, long videos told from others.
         size: Of the picture or the first frame, which the others are brought to.
     """
     if kind is not MediaKind.IMAGE:
         rule = native.video or native.image
-        if kind is MediaKind.VIDEO and native.long_video_frames is not None and num_frames >= native.long_video_frames:
-            kind, rule = MediaKind.LONG_VIDEO, native.long_video or rule
+        if kind is MediaKind.LONG_VIDEO:
+            rule = native.long_video or rule
         return [NativeView(kind, None, sides(rule, size))]
     whole = sides(native.image, size)
     if native.overview is None:
@@ -126,12 +125,12 @@ def native_items(native: Native, patch: int, kind: MediaKind, num_frames: int, s
     Args:
         native: The rules.
         patch: Side of a token's square in pixels.
-        kind: Of the medium.
+        kind: Of the medium, long videos told from others.
         num_frames: Frames of a video, views of a scene.
         size: Of the picture or the first frame.
     """
     items = []
-    for view in native_views(native, kind, num_frames, size):
+    for view in native_views(native, kind, size):
         width, height = view.sides.canvas
         assert width % patch == height % patch == 0, "ImageSpec checks that rules give whole patches"
         grid = Grid(1 if kind is MediaKind.IMAGE else num_frames, height // patch, width // patch)

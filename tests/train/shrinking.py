@@ -99,7 +99,23 @@ def shrink_vision(vision: Options, path: str) -> Options:
         small["layer"] = -2
     if vision.get("image_size"):
         small["image_size"] = LARGER_SIDE
+    if vision.get("native"):
+        small |= shrink_native(vision)
     return small
+
+
+def shrink_native(vision: Options) -> Options:
+    """Return rules for patches of 8 in place of 16: half the sides and fewer pixels. Raw patches keep theirs."""
+    native = vision["native"]
+    if vision["path"] == "sparsevlm:patches":
+        return {"path": vision["path"], "native": native | {"image": native["image"] | {"max_width": 90}}}
+    small = {}
+    for name, rule in native.items():
+        if isinstance(rule, dict):
+            pixels = {limit: rule[limit] // 64 for limit in ("min_pixels", "max_pixels") if limit in rule}
+            rule = rule | {"multiple": rule["multiple"] // 2} | pixels
+        small[name] = rule
+    return {"native": small}
 
 
 def shrink(recipe: Recipe, parts: dict[str, str], records: Path) -> dict[str, Any]:
@@ -116,6 +132,8 @@ def shrink(recipe: Recipe, parts: dict[str, str], records: Path) -> dict[str, An
         "fps": None,
         "max_frames": 3,
     }
+    if "long_frames" in model["video"]:
+        model["video"]["long_frames"] = 3
     raw["data"] = {name: {"path": str(records), "format": "llava"} for name in raw["data"]}
     raw.pop("sharding", None)
     for stage in raw["stages"].values():

@@ -20,7 +20,7 @@ from transformers import (
 
 from sparsevlm.vision.native import check_native, encode_native, make_native, native_dim
 from sparsevlm.vision.patches import patchify, unpatchify
-from sparsevlm.vision.raw import RawPatchesConfig
+from sparsevlm.vision.raw_config import RawPatchesConfig
 from sparsevlm.vision.tokens import Grid
 
 SIZES: dict[str, Any] = {
