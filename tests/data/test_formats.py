@@ -297,11 +297,73 @@ def test_questions_that_cannot_be_used(columns, reason, context):
         ("vqa", {"template": "no"}, "no {question}"),
         ("vqa", {"prompt": 3}, "prompt is a text"),
         ("caption", {"prompt": [3]}, "prompt is a text or a list"),
+        ("interleaved", {"max_images": 0}, "a number of pictures from 1 on"),
+        ("interleaved", {"min_similarity": "high"}, "min_similarity is a number"),
     ],
 )
 def test_options_that_cannot_be(name, options, reason):
     with pytest.raises(ValueError, match=reason):
         DATA_FORMATS.get(name)(**options)
+
+
+# --- interleaved ----------------------------------------------------------------------------------------------------
+
+A, B = "[image:a.png]", "[image:b.png]"
+IN_TURN = {"texts": ["Pets.", "All.", None, " A cat.", "It sleeps.", None, "A dog."],
+           "images": [None, None, "a.png", None, None, "b.png", None]}  # fmt: skip
+MATCHED = {
+    "text_list": ["Pets.", "A cat.", "It sleeps.", "A dog."],
+    "image_info": [
+        {"image_name": "b.png", "matched_text_index": 3, "matched_sim": 0.2},
+        {"image_name": "a.png", "matched_text_index": 1, "matched_sim": 0.3},
+    ],
+}
+WRITTEN = {"text": "Pets. <image>A cat. It sleeps.\n<image>A dog.", "images": ["a.png", "b.png"]}
+
+
+@pytest.mark.parametrize(("row", "lead"), [(IN_TURN, "Pets. All."), (MATCHED, "Pets."), (WRITTEN, "Pets.")])
+def test_interleaved_spellings(context, row, lead):
+    assert turns(read("interleaved", row, context)) == [
+        ("user", lead, A),
+        ("assistant", "A cat. It sleeps."),
+        ("user", B),
+        ("assistant", "A dog."),
+    ]
+
+
+def test_interleaved_limits(context):
+    assert turns(read("interleaved", IN_TURN, context, max_images=1)) == [
+        ("user", "Pets. All.", A),
+        ("assistant", "A cat. It sleeps."),
+    ]
+    assert turns(read("interleaved", MATCHED, context, min_similarity=0.24, glue="\n")) == [
+        ("user", "Pets.", A),
+        ("assistant", "A cat.\nIt sleeps.\nA dog."),
+    ]
+
+
+def test_interleaved_pictures_in_a_row_and_at_the_end(context):
+    row = {"text": "<image><image>Two.<image> ", "images": ["a.png", "b.png", "a.png"]}
+    assert turns(read("interleaved", row, context)) == [("user", A, B), ("assistant", "Two.")]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({}, "neither a text nor a list"),
+        ({"text": "Only text."}, "without a picture"),
+        ({"text": "Text. <image>", "images": ["a.png"]}, "no text behind a picture"),
+        ({"text": "<image> x", "images": []}, "1 <image> placeholders"),
+        ({"texts": ["x", None], "images": ["a.png"]}, "not a list of 2 entries"),
+        ({"texts": ["x"], "images": ["a.png"]}, "both a text and a picture"),
+        ({"texts": [None], "images": [None]}, "place 0 has nothing"),
+        ({"text_list": ["x"], "image_info": [{"image_name": "a.png", "matched_text_index": 1}]}, "one of 1 texts"),
+        ({"text_list": ["x"], "image_info": 3}, "not a list"),
+    ],
+)
+def test_interleaved_rows_that_cannot_be_used(context, row, reason):
+    with pytest.raises(BadSampleError, match=reason):
+        read("interleaved", row, context)
 
 
 # --- any format -----------------------------------------------------------------------------------------------------
@@ -329,7 +391,7 @@ texts = st.sampled_from(
 scalars = st.none() | st.booleans() | st.integers(-2, 3) | st.floats() | texts | st.binary(max_size=3)
 COLUMNS = (
     "id image images video videos conversations messages from value role content type text url path bytes image_url "
-    "question answer answers choices caption"
+    "question answer answers choices caption texts text_list image_info image_name matched_text_index matched_sim"
 )
 keys = st.sampled_from(COLUMNS.split())
 hostile = st.recursive(
