@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AddedToken, AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from sparsevlm.adapters.attach import load_adapter
 from sparsevlm.adapters.quantise import Settings, quantise
@@ -175,6 +175,9 @@ def build_processor(model: schema.Model, config: SparseVLMConfig) -> SparseVLMPr
     fresh = [token for token in (model.image_token, model.video_token) if token not in known]
     if fresh:
         tokenizer.add_tokens(fresh, special_tokens=True)
+    extra = [AddedToken(token, normalized=False) for token in model.language.extra_tokens if token not in known]
+    if extra:
+        tokenizer.add_tokens(extra)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -83,6 +83,9 @@ class Language(Strict):
     """`auto` takes the tokenizer's template if it marks the assistant's tokens, else refuses. Or one that the package
     ships (`chatml`, `vicuna_v1`, `minigpt`, `yi_vl`, `plain`), or a path to a Jinja file with `{% generation %}`
     markers."""
+    extra_tokens: list[str] = []
+    """Tokens added to the tokenizer, in this order, each one word of the vocabulary that stays in decoded answers; for
+    example `["<box>", "</box>"]`."""
     attention: Literal["auto", "packed_sdpa", "sdpa", "flash_attention_2", "flash_attention_3", "eager"] = "auto"
     """Attention implementation. `auto`: flash_attention_2 where it is installed and a GPU is there, else packed_sdpa
     (causal SDPA per document of a packed row)."""

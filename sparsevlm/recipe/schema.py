@@ -12,6 +12,7 @@ from sparsevlm.recipe.adapter import Adapter, adapter_faults, order_faults, shar
 from sparsevlm.recipe.hub import Hub, hub_faults
 from sparsevlm.recipe.model import ConnectorBlock, Language, Model, Video, Vision
 from sparsevlm.recipe.moe import LayerChoice, Router, Upcycle
+from sparsevlm.recipe.optim import MOE_PARTS, Optim, Part, Sharding
 from sparsevlm.recipe.section import KEY, CrossFault, Origin, Positive, Strict, names, number, view
 from sparsevlm.registry import DATA_FORMATS, EVAL_TASKS, UnknownNameError, suggest
 
@@ -19,20 +20,6 @@ __all__ = [
     "Adapter", "Batch", "ConnectorBlock", "Eval", "Hub", "Language", "LayerChoice", "Mixture", "Model", "Optim", "Part",
     "Recipe", "Router", "Sharding", "Source", "Stage", "Strict", "Upcycle", "Video", "Vision",
 ]  # fmt: skip
-
-Part = Literal[
-    "vision", "connector", "connector.qformer", "connector.projector", "fusion", "language", "embeddings", "ffn", "moe",
-    "moe.router", "moe.experts", "adapter",
-]  # fmt: skip
-"""What a stage can train. `language` is the whole language model; parts of it that can be named alone are `embeddings`
-(input and output), `ffn` (the dense FFNs) and `moe`, which is `moe.router` and `moe.experts`. `connector` is
-`connector.qformer` (Q-Formers with their queries) and `connector.projector` (the rest). `adapter` is what the stage's
-`adapter` adds, wherever that stands."""
-
-MOE_PARTS: tuple[str, ...] = ("moe", "moe.router", "moe.experts")
-"""Parts that only a sparse model has."""
-
-_Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Source(Strict):
@@ -131,51 +118,6 @@ class Batch(Strict):
             yield ("max_visual_tokens",), "a budget of visual tokens needs packing, which is false"
 
 
-class Optim(Strict):
-    """Optimizer and schedule of a stage."""
-
-    lr: float = Field(default=1e-4, gt=0)
-    """Peak learning rate."""
-    part_lr: dict[Part, Positive] = {}
-    """Learning rates of single parts."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Decay after warmup, to zero at the last step (`constant`: none)."""
-    warmup: float = Field(default=0.03, ge=0)
-    """Share of the steps below 1, number of steps from 1 on."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled weight decay; never on biases, norms and embeddings."""
-    betas: tuple[_Beta, _Beta] = (0.9, 0.999)
-    """AdamW's betas."""
-    eps: float = Field(default=1e-8, gt=0)
-    """AdamW's epsilon."""
-    max_grad_norm: float = Field(default=1.0, ge=0)
-    """Clip the gradient norm; 0 turns clipping off."""
-
-
-class Sharding(Strict):
-    """How a stage is spread over processes (DeepSpeed ZeRO)."""
-
-    zero: Literal[0, 1, 2, 3] = 0
-    """0: plain data parallelism without DeepSpeed. 1: optimizer states, 2: also gradients, 3: also parameters are
-    sharded."""
-    offload: Literal["none", "optimizer", "all"] = "none"
-    """Keep optimizer states (`optimizer`) or also parameters (`all`, ZeRO-3 only) in host memory."""
-    expert_parallel: int = Field(default=1, ge=1)
-    """Ranks over which the experts of an MoE layer are spread (DeepSpeed AutoEP), in stages whose model is sparse.
-    Divides the number of processes and of experts."""
-
-    @classmethod
-    def cross_faults(cls, raw: dict[str, Any]) -> Iterator[CrossFault]:
-        """See `Strict`."""
-        zero = raw.get("zero", 0)
-        if raw.get("offload") == "optimizer" and zero == 0:
-            yield ("offload",), "'offload: optimizer' needs 'zero: 1', 2 or 3"
-        if raw.get("offload") == "all" and zero != 3:
-            yield ("offload",), f"'offload: all' needs 'zero: 3', got {zero}"
-        if number(raw.get("expert_parallel", 1)) not in (1, None) and zero == 0:
-            yield ("expert_parallel",), "'expert_parallel' needs 'zero: 1', 2 or 3"
-
-
 class Stage(Strict):
     """One step of the way: load the parent, edit, choose what trains, train, save."""
 
@@ -190,6 +132,9 @@ class Stage(Strict):
     """Turn FFNs into experts before this stage."""
     adapter: Adapter | None = None
     """Train an adapter on frozen weights; the stage's directory then holds the adapter and what trains beside it."""
+    rope_factor: float | None = Field(default=None, gt=1)
+    """Let the language model read so many times as much from this stage on: its rotary positions are divided by this
+    (linear scaling, as LLaMA-VID's stage of long videos)."""
     image_size: int | None = Field(default=None, ge=1)
     """Side in pixels that pictures are brought to from this stage on; default: as before, at first what
     `model.vision.image_size` says."""

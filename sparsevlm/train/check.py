@@ -19,6 +19,7 @@ from sparsevlm.model.attention import PACKED_SDPA, supports_packed_sdpa
 from sparsevlm.model.build import build_config, chat_template, packs_for_free, part_config, resolve_part
 from sparsevlm.model.configuration_sparsevlm import SparseVLMConfig
 from sparsevlm.model.isolation import kind_isolates
+from sparsevlm.model.positions import rope_fault
 from sparsevlm.moe.upcycle import upcycle_model
 from sparsevlm.recipe.load import Fault, RecipeError, option_fault
 from sparsevlm.recipe.native import rules_of
@@ -187,7 +188,9 @@ class ModelCheck:
                 self.fault(("model", "language", "path"), f"no tokenizer in {directory}: {error}")
                 return 0
             known = tokenizer.get_vocab()
-            size = len(tokenizer) + len({model.image_token, model.video_token} - set(known))
+            size = len(tokenizer) + len(
+                {model.image_token, model.video_token, *model.language.extra_tokens} - set(known)
+            )
         elif model.language.chat_template == "auto":
             self.notes.append(
                 f"the tokenizer of {model.language.path} was not read (no network); 'chat_template: auto' needs one "
@@ -291,6 +294,9 @@ class ModelCheck:
         """Apply a stage's edits to the model and choose what trains; tell whether that worked."""
         if has_adapter(model):  # of the stage before: merged, which leaves shapes as they are
             detach(model, merge=False)
+        if stage.rope_factor is not None and (fault := rope_fault(model.config.text_config)):
+            self.fault(("stages", name, "rope_factor"), fault)
+            return False
         if stage.upcycle is not None:
             spec: Any = stage.upcycle
             try:

@@ -47,7 +47,8 @@ def training_dtype(recipe: Recipe) -> Any:
 def needs_edit(recipe: Recipe, name: str, parent_dir: Path | None) -> bool:
     """Return whether a stage starts from something else than a saved directory as it is."""
     stage = recipe.stages[name]
-    return parent_dir is None or stage.upcycle is not None or stage.image_size is not None or is_adapter(parent_dir)
+    edits = (stage.upcycle, stage.image_size, stage.rope_factor)
+    return parent_dir is None or any(edit is not None for edit in edits) or is_adapter(parent_dir)
 
 
 def start_model(recipe: Recipe, name: str, parent_dir: Path | None, console: Console) -> tuple[Any, Any]:
@@ -72,6 +73,7 @@ def start_model(recipe: Recipe, name: str, parent_dir: Path | None, console: Con
 
     from sparsevlm.adapters.attach import detach
     from sparsevlm.model.build import build_model, cast_weights, load_model, set_attention, set_image_size
+    from sparsevlm.model.positions import stretch_positions
 
     upcycle = recipe.stages[name].upcycle
     adapted = parent_dir is not None and is_adapter(parent_dir)
@@ -89,6 +91,8 @@ def start_model(recipe: Recipe, name: str, parent_dir: Path | None, console: Con
         console.print(f"{name}: merged the adapter of {parent_dir} into its weights", highlight=False)
     if (size := recipe.stages[name].image_size) is not None:
         processor = set_image_size(model, processor, size)
+    if (factor := recipe.stages[name].rope_factor) is not None:
+        stretch_positions(model, factor)
     if upcycle is not None:
         _upcycle(model, processor, recipe, name, console)
     if upcycle is not None or adapted:
