@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsevlm.connectors.base import BlockSpec, map_items
+from sparsevlm.connectors.learned import Learned
 from sparsevlm.registry import CONNECTOR_BLOCKS
 from sparsevlm.vision.tokens import Grid, MediaKind, VisualTokens
 
@@ -118,12 +119,12 @@ class PerceiverResamplerBlock(nn.Module):
         super().__init__()
         self.spec = spec
         self.dim = dim
-        self.latents = nn.Parameter(torch.randn(spec.latents, dim) * spec.latent_std)
-        self.frame_embeddings = nn.Parameter(torch.randn(spec.time_frames, input_dim)) if spec.time_frames else None
+        self.latents = Learned(torch.randn(spec.latents, dim) * spec.latent_std)
+        self.frame_embeddings = Learned(torch.randn(spec.time_frames, input_dim)) if spec.time_frames else None
         self.input_projection = nn.Identity() if input_dim == dim else nn.Linear(input_dim, dim, bias=False)
         self.layers = nn.ModuleList(PerceiverLayer(spec, dim) for _ in range(spec.depth))
         self.norm = nn.LayerNorm(dim)
-        self.projection = nn.Parameter(torch.randn(dim, dim) * dim**-0.5) if spec.project else None
+        self.projection = Learned(torch.randn(dim, dim) * dim**-0.5) if spec.project else None
 
     def forward(self, tokens: VisualTokens) -> VisualTokens:
         """Resample every item; items of one size are done together."""
@@ -134,10 +135,10 @@ class PerceiverResamplerBlock(nn.Module):
         """Read items of one grid, ``(I, n, D) -> (I, n', C)``."""
         frames = features.unflatten(1, (grid.t, grid.h * grid.w))  # (I, t, h * w, D)
         if self.frame_embeddings is not None:
-            frames = frames + frame_rows(self.frame_embeddings, grid.t)[:, None]
+            frames = frames + frame_rows(self.frame_embeddings(), grid.t)[:, None]
         x = self.input_projection(frames if self.spec.per == "frame" else frames.flatten(1, 2)[:, None])
         sets = x.flatten(0, 1)  # (I or I * t, n, C): what one set of queries reads
-        latents = self.latents.expand(len(sets), -1, -1)  # (I, m, C)
+        latents = self.latents().expand(len(sets), -1, -1)  # (I, m, C)
         places = key_places = None
         if self.spec.positions == "sincos":
             side = isqrt(self.spec.latents)
@@ -149,7 +150,7 @@ class PerceiverResamplerBlock(nn.Module):
             latents = layer(latents, sets, places, key_places)
         latents = self.norm(latents)
         if self.projection is not None:
-            latents = latents @ self.projection
+            latents = latents @ self.projection()
         return latents.reshape(len(features), -1, self.dim)
 
 

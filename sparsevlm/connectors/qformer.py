@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from sparsevlm.connectors.base import BlockSpec, GuideText, map_items
+from sparsevlm.connectors.learned import Learned
 from sparsevlm.connectors.pretrained import fill, read_tensors
 from sparsevlm.registry import CONNECTOR_BLOCKS
 from sparsevlm.vision.tokens import Grid, Guides, MediaKind, VisualTokens
@@ -94,7 +95,7 @@ class QFormerSpec(BlockSpec):
             fill(module, tensors, self.weights)
 
 
-_QUERIES = "qformer_queries"
+_QUERIES = "qformer_queries.weight"
 
 
 class QFormerBlock(nn.Module):
@@ -108,7 +109,7 @@ class QFormerBlock(nn.Module):
         super().__init__()
         self.spec = spec
         self.qformer_norm = nn.LayerNorm(input_dim, eps=1e-6) if spec.norm else nn.Identity()
-        self.qformer_queries = nn.Parameter(torch.randn(spec.queries, spec.dim) * 0.02)
+        self.qformer_queries = Learned(torch.randn(spec.queries, spec.dim) * 0.02)
         self.qformer = _make_qformer(spec, input_dim)
 
     def forward(self, tokens: VisualTokens) -> VisualTokens:
@@ -130,7 +131,7 @@ class QFormerBlock(nn.Module):
             frames: ``(B, n, D)``.
             guides: Ids and mask of the text of each, ``(B, L)``, with `instruction`.
         """
-        queries = self.qformer_queries.expand(len(frames), -1, -1)
+        queries = self.qformer_queries().expand(len(frames), -1, -1)
         read: dict[str, Any] = {"query_embeds": queries, "encoder_hidden_states": self.qformer_norm(frames)}
         if guides is not None:
             ids, mask = guides

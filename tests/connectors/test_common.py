@@ -137,6 +137,12 @@ def test_item_alone_is_the_item_in_a_batch(raw):
 
 
 @every_block
+def test_large_weights_are_held_by_modules_that_are_called_for_them(raw):
+    """ZeRO-3 would have let go of the block's own when their gradient comes (see `Learned`)."""
+    assert not [name for name, weight in build(raw).named_parameters(recurse=False) if weight.ndim > 1]
+
+
+@every_block
 def test_gradient_reaches_every_parameter_and_the_features(raw):
     block = build(raw)
     tokens = random_tokens(parse_block(raw))

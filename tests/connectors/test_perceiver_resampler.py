@@ -58,9 +58,9 @@ def open_flamingo(block, x, grid):
     """`PerceiverResampler` of OpenFlamingo (src/helpers.py) for one item ``(n, D)``."""
     if block.frame_embeddings is not None:
         per_frame = grid.h * grid.w
-        x = x + torch.cat([e.expand(per_frame, -1) for e in frame_rows(block.frame_embeddings, grid.t)])
+        x = x + torch.cat([e.expand(per_frame, -1) for e in frame_rows(block.frame_embeddings(), grid.t)])
     x = block.input_projection(x)
-    latents = block.latents
+    latents = block.latents()
     for layer in block.layers:
         media, own = layer.norm_features(x), layer.norm_latents(latents)
         both = torch.cat([media, own])
@@ -87,7 +87,7 @@ def mae_positions(dim, side):
 def qwen_vl(block, x, grid):
     """`Resampler` of Qwen-VL (visual.py) with its `ln_post` and `proj`, on torch's own attention module."""
     layer, dim = block.layers[0], block.dim
-    side = math.isqrt(len(block.latents))
+    side = math.isqrt(len(block.latents.weight))
     places = mae_positions(dim, side)
     keys = places.reshape(1, side, side, dim).permute(0, 3, 1, 2)
     if (grid.h, grid.w) != (side, side):
@@ -99,9 +99,9 @@ def qwen_vl(block, x, grid):
     attention.in_proj_bias.data = torch.cat([linear.bias for linear in linears])
     attention.out_proj.load_state_dict(layer.o_proj.state_dict())
     x = layer.norm_features(block.input_projection(x))
-    query = layer.norm_latents(block.latents)
+    query = layer.norm_latents(block.latents())
     read = attention((query + places)[:, None], (x + keys)[:, None], x[:, None])[0][:, 0]
-    return block.norm(read) @ block.projection
+    return block.norm(read) @ block.projection()
 
 
 def close(got, expected):

@@ -55,7 +55,7 @@ def attend(attention, x, context, heads):
 def bert(block, frame, text):
     """One frame ``(n, D)`` and the ids of one text, without padding: the queries' output ``(m, C)``."""
     spec, model = block.spec, block.qformer
-    x, m = block.qformer_queries, spec.queries
+    x, m = block.qformer_queries(), spec.queries
     norm = model.embeddings.layernorm if spec.instruction else model.layernorm
     if spec.instruction:
         words = model.embeddings.word_embeddings.weight[text] + model.embeddings.position_embeddings.weight[: len(text)]
@@ -119,7 +119,7 @@ def test_media_without_texts_are_refused():
 def parameters(raw, input_dim):
     with torch.device("meta"):
         module: Any = parse_block({"type": "qformer"} | raw).build(input_dim, 4096)
-    return sum(p.numel() for p in module.qformer.parameters()), module.qformer_queries.numel()
+    return sum(p.numel() for p in module.qformer.parameters()), module.qformer_queries.weight.numel()
 
 
 def test_published_parameter_counts():
@@ -183,7 +183,7 @@ def test_weights_of_transformers_models(kind, tmp_path):
 def test_weights_that_do_not_fit_are_refused(tmp_path):
     tiny_model("blip-2").save_pretrained(tmp_path)
     wrong = parse_block(SMALL | {"queries": 4, "weights": str(tmp_path)})
-    with pytest.raises(ValueError, match=r"queries \(3, 8\) instead of \(4, 8\)"):
+    with pytest.raises(ValueError, match=r"queries.weight \(3, 8\) instead of \(4, 8\)"):
         wrong.load_pretrained(wrong.build(6, 16))
     deeper = parse_block(SMALL | {"layers": 4, "weights": str(tmp_path)})
     with pytest.raises(ValueError, match="are missing"):

@@ -36,7 +36,7 @@ def upcycled(model: Any, **fields: Any) -> Any:
         ("model.vision_tower.encoder.layers.0.mlp.fc1.weight", ("vision",)),
         ("model.connector.0.layers.0.weight", ("connector.projector", "connector")),
         ("model.connector.0.norm.weight", ("connector.projector", "connector")),
-        ("model.connector.0.qformer_queries", ("connector.qformer", "connector")),
+        ("model.connector.0.qformer_queries.weight", ("connector.qformer", "connector")),
         ("model.connector.0.qformer.qformer_norm.bias", ("connector.qformer", "connector")),
         ("model.connector.1.qformer.qformer.encoder.layer.0.output.dense.bias", ("connector.qformer", "connector")),
         ("model.language_model.embed_tokens.weight", ("embeddings", "language")),
