@@ -23,9 +23,13 @@ _REGISTERED_BY = {
     "transformers.models.auto.modeling_auto": (
         "sparsevlm.model.modeling_sparsevlm",
         "sparsevlm.model.modeling_text",
-        "sparsevlm.vision.eva",
         "sparsevlm.vision.raw",
     ),
+    # Not with the Auto modules, which may be imported by one of these, half-way.
+    "transformers.models.blip_2.configuration_blip_2": ("sparsevlm.vision.eva",),
+    "transformers.models.blip_2.modeling_blip_2": ("sparsevlm.vision.eva",),
+    "transformers.models.instructblip.configuration_instructblip": ("sparsevlm.vision.eva",),
+    "transformers.models.instructblip.modeling_instructblip": ("sparsevlm.vision.eva",),
     "transformers.models.auto.processing_auto": ("sparsevlm.model.processing_sparsevlm",),
     "peft": ("sparsevlm.adapters.methods",),
 }
@@ -45,8 +49,11 @@ class _ThenImport(importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
         # Already being imported: it is what pulled the Auto module in, and registers itself when it is done.
+        modeling = module.__name__.replace(".configuration_", ".modeling_")
         for ours in self._then:
-            if ours not in sys.modules:
+            # Or its classes are still being imported, and did so with their configuration: theirs is the next entry.
+            unfinished = modeling != module.__name__ and modeling in sys.modules
+            if ours not in sys.modules and not (unfinished and ours in _REGISTERED_BY.get(modeling, ())):
                 importlib.import_module(ours)
 
     def __getattr__(self, name: str) -> object:

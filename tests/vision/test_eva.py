@@ -1,5 +1,8 @@
 """EVA-CLIP-g out of whole checkpoints of BLIP-2 and InstructBLIP, through the Auto classes."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import (
@@ -47,3 +50,22 @@ def test_reads_the_tower_of_a_whole_model(configuration, whole, tmp_path):
         assert torch.equal(encode_frames(again, frames, -1, "full"), features)
     assert output_grid(vision, 32, -1, "full") == (1, 17)
     assert output_grid(vision, 48, -1, "patch") == (6, 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "first",
+    [
+        "from transformers import Blip2Config, Blip2VisionConfig as Config",
+        "from transformers import InstructBlipForConditionalGeneration, InstructBlipVisionConfig as Config",
+        "from transformers import Blip2ForConditionalGeneration, Blip2VisionConfig as Config",
+        "from transformers import AutoModel, InstructBlipVisionConfig as Config",
+    ],
+)
+def test_is_registered_whatever_is_imported_first(first):
+    sizes = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+    then = f"from transformers import AutoModel; print(type(AutoModel.from_config(Config(**{sizes}))).__module__)"
+    result = subprocess.run(
+        [sys.executable, "-c", f"import sparsevlm; {first}; {then}"], capture_output=True, text=True
+    )
+    assert result.stdout.strip() == "sparsevlm.vision.eva", result.stderr
