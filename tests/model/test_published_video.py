@@ -10,7 +10,7 @@ from sparsevlm.connectors.base import connector_grid, parse_connector
 from sparsevlm.data.video import VideoPolicy, sample_frame_indices
 from sparsevlm.model.backbones import backbone_config
 from sparsevlm.recipe.load import load_recipe
-from sparsevlm.vision.encoder import default_image_size, output_grid
+from sparsevlm.vision.encoder import default_image_size, feature_dim, output_grid
 from sparsevlm.vision.tokens import Grid, MediaKind
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -37,3 +37,12 @@ def test_tokens_are_the_published_ones(path: str, picture: int, video: int | Non
     if video is not None:
         frames = len(sample_frame_indices(HOUR, 25, VideoPolicy.of(model.video.model_dump())))
         assert connector_grid(blocks, Grid(frames, h, w), MediaKind.VIDEO).num_tokens == video
+
+
+@pytest.mark.parametrize("path", ["minigpt4_video/llama2_7b.yaml", "minigpt_v2/7b.yaml"])
+def test_minigpt_joins_four_patches_of_eva(path: str) -> None:
+    model = load_recipe(RECIPES / path).model
+    widths = [feature_dim(backbone_config(model.vision.path), model.vision.layer)]
+    for spec in parse_connector(model.connector):
+        widths.append(spec.output_dim(widths[-1], 4096))
+    assert widths == [1408, 5632, 4096]
