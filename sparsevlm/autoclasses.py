@@ -19,11 +19,13 @@ _REGISTERED_BY = {
         "sparsevlm.model.configuration_sparsevlm",
         "sparsevlm.model.configuration_text",
         "sparsevlm.vision.raw_config",
+        "sparsevlm.vision.side_by_side_config",
     ),
     "transformers.models.auto.modeling_auto": (
         "sparsevlm.model.modeling_sparsevlm",
         "sparsevlm.model.modeling_text",
         "sparsevlm.vision.raw",
+        "sparsevlm.vision.side_by_side",
     ),
     # Not with the Auto modules, which may be imported by one of these, half-way.
     "transformers.models.blip_2.configuration_blip_2": ("sparsevlm.vision.eva",),

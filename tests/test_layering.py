@@ -24,6 +24,7 @@ LAYERS: dict[str, int] = {
     "vision.raw": 2,
     "vision.raw_config": 2,
     "vision.side_by_side": 2,
+    "vision.side_by_side_config": 2,
     "vision.sides": 2,
     "vision.views": 2,
     "moe": 2,

@@ -166,7 +166,7 @@ def features(
     import torch
     from transformers import AutoModel
 
-    from sparsevlm.model.build import part_config
+    from sparsevlm.model.parts import part_config
     from sparsevlm.vision.encoder import encode_frames, output_grid
     from sparsevlm.vision.preprocess import image_spec_from_config, preprocess_frames
 

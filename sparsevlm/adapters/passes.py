@@ -24,7 +24,7 @@ def find_parts(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
             path == done or path.startswith(f"{done}." if done else "") for done in (*language, *vision)
         ):
             continue
-        if hasattr(module.config, "vision_config") or hasattr(module.config, "text_config"):
+        if any(hasattr(module.config, name) for name in ("vision_config", "text_config", "towers")):
             continue  # made of several: its parts come later in the walk
         if module.main_input_name == "pixel_values":
             vision[path] = module

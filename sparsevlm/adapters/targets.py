@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from sparsevlm.moe.block import SparseMoeBlock
 from sparsevlm.registry import suggest
 from sparsevlm.surgery import decoder_layers, in_fusion
+from sparsevlm.vision.side_by_side import each_tower
 
 PARTS: tuple[str, ...] = (
     "language", "language.attention", "language.ffn", "vision", "vision.attention", "vision.ffn", "connector",
@@ -118,13 +119,13 @@ def _modules(model: Any) -> Iterator[tuple[str, str]]:
     names = {id(module): name for name, module in model.named_modules()}
     sparse = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, SparseMoeBlock))
     language = f"{names[id(decoder_layers(model.model.language_model))]}."
-    tower = _tower_layers(model, names)
+    towers = _towers(model, names)
     for name, module in model.named_modules():
         if not isinstance(module, _KINDS):
             continue
         linear = isinstance(module, _LINEAR)
         if name.startswith("model.vision_tower."):
-            place = _in_tower(name, tower)
+            place = _in_tower(name, towers)
             if place is not None:
                 yield name, f"vision.{_half(place)}" if linear and place else ""
         elif in_fusion(name):
@@ -144,23 +145,44 @@ def _half(name: str) -> str:
     return "attention" if _ATTENTION.search(name) else "ffn"
 
 
-def _tower_layers(model: Any, names: dict[int, str]) -> tuple[str, int] | None:
-    """Return the prefix of the tower's layers and how many of them are used; None for a tower without such a list."""
-    try:
-        layers = decoder_layers(model.model.vision_tower)
-    except ValueError:  # convolutional networks and the like: every module counts
-        return None
-    chosen = model.config.vision_feature_layer
-    chosen = [chosen] if isinstance(chosen, int) else chosen
-    # state 0 is before the layers
-    return f"{names[id(layers)]}.", max(layer if layer >= 0 else len(layers) + 1 + layer for layer in chosen)
+class _Tower(NamedTuple):
+    """A tower by names.
+
+    Attributes:
+        prefix: Of its modules.
+        layers: Of the modules in its layers; None for a tower without a list of them.
+        used: How many of them are used.
+    """
+
+    prefix: str
+    layers: str | None
+    used: int
 
 
-def _in_tower(name: str, layers: tuple[str, int] | None) -> str | None:
+def _towers(model: Any, names: dict[int, str]) -> list[_Tower]:
+    """Return the tower, or those that stand side by side."""
+    found = []
+    for tower, chosen in each_tower(model.model.vision_tower, model.config.vision_feature_layer):
+        prefix = f"{names[id(tower)]}."
+        try:
+            layers = decoder_layers(tower)
+        except ValueError:  # convolutional networks and the like: every module counts
+            found.append(_Tower(prefix, None, 0))
+            continue
+        # state 0 is before the layers
+        used = max(layer if layer >= 0 else len(layers) + 1 + layer for layer in chosen)
+        found.append(_Tower(prefix, f"{names[id(layers)]}.", used))
+    return found
+
+
+def _in_tower(name: str, towers: list[_Tower]) -> str | None:
     """Return a tower module's name within its layer; empty before the layers, None where its output is not used."""
-    if layers is None:
-        return name.removeprefix("model.vision_tower.")
-    prefix, used = layers
+    tower = next((tower for tower in towers if name.startswith(tower.prefix)), None)
+    if tower is None:
+        return None
+    _, prefix, used = tower
+    if prefix is None:
+        return name.removeprefix(tower.prefix)
     if not name.startswith(prefix):
         return "" if "embed" in name else None
     index, _, inner = name.removeprefix(prefix).partition(".")

@@ -26,7 +26,7 @@ def fetch(name: str) -> Path:
     Raises:
         ValueError: There is no such model, or it cannot be fetched.
     """
-    from sparsevlm.model.build import resolve_part
+    from sparsevlm.model.parts import resolve_part
     from sparsevlm.rundir import resolve_model
 
     resolved = resolve_model(resolve_part(name))

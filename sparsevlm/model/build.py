@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AddedToken, AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
 
 from sparsevlm.adapters.attach import load_adapter
 from sparsevlm.adapters.quantise import Settings, quantise
@@ -20,60 +19,19 @@ from sparsevlm.fusion import media_apart
 from sparsevlm.model.attention import supports_packed_sdpa
 from sparsevlm.model.configuration_sparsevlm import SparseVLMConfig
 from sparsevlm.model.modeling_sparsevlm import SparseVLMForConditionalGeneration, add_fusion, build_connector
+from sparsevlm.model.parts import image_spec, load_tower, part_config, resolve_part, tower_config
 from sparsevlm.model.processing_sparsevlm import SparseVLMProcessor
 from sparsevlm.recipe import schema
-from sparsevlm.vision.encoder import num_prefix_tokens, output_grid, vision_subconfig
-from sparsevlm.vision.native import check_native, make_native
-from sparsevlm.vision.preprocess import ImageSpec, image_spec_from_config
-from sparsevlm.vision.raw_config import RawPatchesConfig
+from sparsevlm.vision.encoder import output_grid
 from sparsevlm.vision.tokens import MediaKind
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
 TEMPLATES = Path(__file__).resolve().parent / "templates"
-PACKAGED = "sparsevlm:"
 
 _EXPECTED_FAILURES = ("gated_repo", "missing_entries", "connection_errors")
 """Of a look for an adapter on the Hub; loading the model itself then says what is wrong."""
 
 PARITY_TOLERANCE = 1e-4
 """Largest logit difference, relative to the largest logit, between the source language model and ours (float32)."""
-
-
-def resolve_part(path: str) -> str:
-    """Turn ``sparsevlm:NAME`` into the directory that the package ships; leave ids and paths alone.
-
-    Raises:
-        ValueError: The package ships no such part.
-    """
-    if not path.startswith(PACKAGED):
-        return path
-    directory = ASSETS / path.removeprefix(PACKAGED)
-    if not (directory / "config.json").is_file():
-        shipped = sorted(str(p.parent.relative_to(ASSETS)) for p in ASSETS.rglob("config.json"))
-        raise ValueError(f"the package ships no part {path!r}; it has {', '.join(PACKAGED + s for s in shipped)}")
-    return str(directory)
-
-
-def part_config(path: str, trust_remote_code: bool = False, offline_shapes: bool = False) -> PreTrainedConfig:
-    """Load the configuration of a part.
-
-    Args:
-        path: Hub id, directory or packaged part.
-        trust_remote_code: Allow code from the Hub.
-        offline_shapes: Prefer the shapes of well-known backbones that the package carries; nothing is downloaded.
-
-    Raises:
-        ValueError: `path` is no directory and cannot be reached.
-    """
-    resolved = resolve_part(path)
-    if offline_shapes and not Path(resolved).is_dir():
-        from sparsevlm.model.backbones import backbone_config
-
-        return backbone_config(path)
-    try:
-        return AutoConfig.from_pretrained(resolved, trust_remote_code=trust_remote_code)
-    except OSError as error:
-        raise ValueError(f"no configuration for part {path!r}: {str(error).splitlines()[0]}") from error
 
 
 def build_config(model: schema.Model, *, offline_shapes: bool = False) -> SparseVLMConfig:
@@ -86,60 +44,22 @@ def build_config(model: schema.Model, *, offline_shapes: bool = False) -> Sparse
     Raises:
         ValueError: A part cannot be loaded or is of no use here.
     """
-    vision = vision_subconfig(part_config(model.vision.path, model.trust_remote_code, offline_shapes))
+    vision, layer, select = tower_config(model, offline_shapes)
     text = part_config(model.language.path, model.trust_remote_code, offline_shapes).get_text_config(decoder=True)
-    select, native = model.vision.select, model.vision.native
-    if native is not None:
-        check_native(vision)
-        select = "patch"
-    if select == "auto":
-        select = "patch" if num_prefix_tokens(vision) else "full"
+    native = model.vision.native
     return SparseVLMConfig(
         vision_config=vision,
         text_config=text,
         connector=model.connector,
-        vision_feature_layer=model.vision.layer,
+        vision_feature_layer=layer,
         vision_feature_select=select,
-        image_size=model.vision.image_size,
+        image_size=None if model.vision.beside else model.vision.image_size,
         vision_native=None if native is None else native.model_dump(mode="json"),
         image_token_id=text.vocab_size,
         video_token_id=text.vocab_size + 1,
         lm_head_bias=text.model_type in ("phi", "codegen", "gptj"),
         fusion=None if model.fusion is None else model.fusion.model_dump(),
     )
-
-
-def image_spec(model: schema.Model, config: SparseVLMConfig) -> ImageSpec:
-    """Return how pictures are brought to the tower, from the recipe, the tower's preprocessor file and its config."""
-    directory = Path(resolve_part(model.vision.path))
-    file = directory / "preprocessor_config.json"
-    preprocessor = json.loads(file.read_text()) if file.is_file() else None
-    if preprocessor is None and not directory.is_dir():
-        preprocessor = _hub_preprocessor(model.vision.path)
-    return image_spec_from_config(
-        config.vision_config,
-        preprocessor,
-        image_size=model.vision.image_size,
-        resize=model.vision.resize,
-        mean=model.vision.mean,
-        std=model.vision.std,
-        layer=config.vision_feature_layer,
-        select=config.vision_feature_select,
-        tiling=model.vision.tiling,
-        native=model.vision.native,
-        long_frames=model.video.long_frames,
-    )
-
-
-def _hub_preprocessor(path: str) -> dict[str, Any] | None:
-    """Return a Hub tower's preprocessor file from the cache or the Hub, None where there is none."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    try:
-        return json.loads(Path(hf_hub_download(path, "preprocessor_config.json")).read_text())
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled):
-        return None
 
 
 def chat_template(name: str, tokenizer: Any) -> str:
@@ -212,7 +132,7 @@ def build_model(
     config = build_config(model)
     processor = build_processor(model, config)
     trust = {"trust_remote_code": model.trust_remote_code, "dtype": dtype}
-    tower = _tower(model, config, trust)
+    tower = load_tower(model, config, trust)
     source = AutoModelForCausalLM.from_pretrained(resolve_part(model.language.path), config=config.text_config, **trust)
     head: Any = source.get_output_embeddings()
     config.lm_head_bias = getattr(head, "bias", None) is not None
@@ -236,17 +156,6 @@ def build_model(
         ours.resize_token_embeddings(size, mean_resizing=False)
     set_attention(ours, model.language.attention)
     return ours, processor
-
-
-def _tower(model: schema.Model, config: SparseVLMConfig, options: dict[str, Any]) -> nn.Module:
-    """Load the vision tower; one without weights is built."""
-    if isinstance(config.vision_config, RawPatchesConfig):
-        tower = AutoModel.from_config(config.vision_config)
-    else:
-        tower = AutoModel.from_pretrained(resolve_part(model.vision.path), config=config.vision_config, **options)
-    if config.vision_native is not None:
-        make_native(tower, config.vision_native["positions"])
-    return tower
 
 
 @torch.no_grad()

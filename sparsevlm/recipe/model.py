@@ -32,6 +32,22 @@ def _parse_connector_block(raw: Any) -> Any:
 ConnectorBlock = Annotated[dict[str, Any], BeforeValidator(_parse_connector_block)]
 
 
+class BesideTower(Strict):
+    """A tower beside the first: it sees the same picture, and its features are put behind the first's."""
+
+    path: str
+    """As `model.vision.path`."""
+    layer: int | list[int] = -1
+    """As `model.vision.layer`."""
+    image_size: int | None = Field(default=None, ge=1)
+    """Side in pixels at which the tower sees a picture; default: what it was trained at. All towers must have one grid
+    of patches."""
+    mean: tuple[float, float, float] | None = None
+    """As `model.vision.mean`."""
+    std: tuple[Positive, Positive, Positive] | None = None
+    """As `model.vision.std`."""
+
+
 class Vision(Strict):
     """The vision tower and how pictures are brought to its size."""
 
@@ -51,6 +67,9 @@ class Vision(Strict):
     that `native` says: SigLIP, SigLIP 2, CLIP, DINOv2, ViT or `sparsevlm:patches`."""
     native: Native | None = None
     """Sides for `resize: native`."""
+    beside: list[BesideTower] = []
+    """More towers, whose features are concatenated with this one's, token by token. Pictures come in the largest
+    tower's size."""
     tiling: Tiling | None = None
     """Cut pictures into several frames; default: one frame a picture."""
     mean: tuple[float, float, float] | None = None
@@ -62,6 +81,10 @@ class Vision(Strict):
     def cross_faults(cls, raw: dict[str, Any]) -> Iterator[CrossFault]:
         """See `Strict`."""
         native = raw.get("resize") == "native"
+        if raw.get("beside") and raw.get("select") == "full":
+            yield ("select",), "tokens before the grid have no counterpart in another tower; leave 'select' out"
+        if native and raw.get("beside"):
+            yield ("beside",), "towers side by side see squares; leave 'beside' out or choose another 'resize'"
         if native and raw.get("native") is None:
             yield ("resize",), "'native' needs the section 'native', which says what sides pictures are brought to"
         if not native and raw.get("native") is not None:

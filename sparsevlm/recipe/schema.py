@@ -310,8 +310,12 @@ class Recipe(Strict):
                 if upcycled:
                     yield (*at, "upcycle"), f"stage {upcycled!r} already upcycled the model"
                 upcycled = upcycled or name
-            if stage.get("image_size") is not None and view(view(raw.get("model")).get("vision")).get("native"):
-                yield (*at, "image_size"), "has no meaning with resize: native; leave 'image_size' out"
+            vision = view(view(raw.get("model")).get("vision"))
+            if stage.get("image_size") is not None and (vision.get("native") or vision.get("beside")):
+                yield (
+                    (*at, "image_size"),
+                    "has no meaning with resize: native or several towers; leave 'image_size' out",
+                )
             adapter = view(stage.get("adapter"))
             sharding = view(raw.get("sharding") if stage.get("sharding") is None else stage["sharding"])
             yield from (((*at, "adapter", *place), what) for place, what in sharding_faults(adapter, sharding))
@@ -337,7 +341,8 @@ class Recipe(Strict):
         """Return the side that pictures are brought to in a stage; None for what the tower was trained at."""
         names = list(self.stages)
         until = [self.stages[name].image_size for name in names[: names.index(stage) + 1]]
-        return next((size for size in reversed(until) if size is not None), self.model.vision.image_size)
+        own = None if self.model.vision.beside else self.model.vision.image_size
+        return next((size for size in reversed(until) if size is not None), own)
 
     def sharding_of(self, stage: Stage) -> Sharding:
         """Return the sharding that a stage runs with."""

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsevlm.model.build import load_model, part_config, resolve_part
+from sparsevlm.model.build import load_model
 from sparsevlm.model.configuration_sparsevlm import SparseVLMConfig
+from sparsevlm.model.parts import part_config, resolve_part
 from sparsevlm.moe.alike import differences
 from sparsevlm.moe.ffn import expert_weights, read_layout
 from sparsevlm.surgery import decoder_layers

@@ -16,9 +16,10 @@ from sparsevlm.adapters.targets import TargetError
 from sparsevlm.connectors.base import connector_items, parse_connector
 from sparsevlm.fusion import media_apart
 from sparsevlm.model.attention import PACKED_SDPA, supports_packed_sdpa
-from sparsevlm.model.build import build_config, chat_template, packs_for_free, part_config, resolve_part
+from sparsevlm.model.build import build_config, chat_template, packs_for_free
 from sparsevlm.model.configuration_sparsevlm import SparseVLMConfig
 from sparsevlm.model.isolation import kind_isolates
+from sparsevlm.model.parts import part_config, resolve_part
 from sparsevlm.model.positions import rope_fault
 from sparsevlm.moe.upcycle import upcycle_model
 from sparsevlm.recipe.load import Fault, RecipeError, option_fault
@@ -100,20 +101,31 @@ class ModelCheck:
     def config(self) -> SparseVLMConfig:
         """Return the model's configuration with the vocabulary that training will have."""
         model = self.recipe.model
-        parts: dict[str, Any] = {}
-        for name, path in (("vision", model.vision.path), ("language", model.language.path)):
+        parts: dict[OptionPath, Any] = {}
+        paths: dict[OptionPath, str] = {("vision",): model.vision.path, ("language",): model.language.path}
+        paths |= {("vision", "beside", i): each.path for i, each in enumerate(model.vision.beside)}
+        for place, path in paths.items():
             try:
-                parts[name] = part_config(path, model.trust_remote_code, offline_shapes=True)
+                parts[place] = part_config(path, model.trust_remote_code, offline_shapes=True)
             except ValueError as error:
-                self.fault(("model", name, "path"), error)
-        if "vision" in parts:
+                self.fault(("model", *place, "path"), error)
+        if ("vision",) in parts:
             for path, size in self._sizes():
-                self._tower(vision_subconfig(parts["vision"]), path, size)
-        if "language" in parts:
+                self._tower(vision_subconfig(parts["vision",]), path, size, model.vision.layer)
+        for i, each in enumerate(model.vision.beside):
+            place = ("vision", "beside", i)
+            if place in parts:
+                size_path = ("model", *place, "image_size")
+                self._tower(vision_subconfig(parts[place]), size_path, each.image_size, each.layer)
+        if ("language",) in parts:
             vocabulary = self._vocabulary()
         if self.faults:
             raise RecipeError(self.faults)
-        config = build_config(model, offline_shapes=True)
+        try:
+            config = build_config(model, offline_shapes=True)
+        except ValueError as error:  # each tower is one, but they do not go together
+            self.fault(("model", "vision", "beside"), error)
+            raise RecipeError(self.faults) from error
         text: Any = config.text_config
         text.vocab_size = max(text.vocab_size, vocabulary)
         return config
@@ -125,8 +137,8 @@ class ModelCheck:
             if stage.image_size is not None:
                 yield ("stages", name, "image_size"), stage.image_size
 
-    def _tower(self, vision: Any, path: OptionPath, wanted: int | None) -> None:
-        """Check picture size and layer."""
+    def _tower(self, vision: Any, path: OptionPath, wanted: int | None, layer: int | list[int]) -> None:
+        """Check picture size (of the recipe's option at `path`) and layer."""
         options = self.recipe.model.vision
         if options.native is not None:
             self._native(vision, options)
@@ -139,9 +151,9 @@ class ModelCheck:
                 return
             own = None
         try:
-            feature_dim(vision, options.layer)
+            feature_dim(vision, layer)
         except ValueError as error:
-            self.fault(("model", "vision", "layer"), error)
+            self.fault((*path[:-1], "layer") if path[0] == "model" else ("model", "vision", "layer"), error)
             return
         size, patch = wanted or own, getattr(vision, "patch_size", None)
         assert size is not None
@@ -150,7 +162,7 @@ class ModelCheck:
             self.fault(path, f"{size} pixels are not a multiple of the patch size {patch}: {near}")
             return
         try:
-            output_grid(vision, size, options.layer)
+            output_grid(vision, size, layer)
         except ValueError as error:
             self.fault(path, error)
 

@@ -130,7 +130,7 @@ def _check(recipe: Recipe, world_size: int, console: Console) -> None:
     Raises:
         RecipeError: All that was found, each at its line.
     """
-    from sparsevlm.model.build import part_config
+    from sparsevlm.model.parts import part_config
     from sparsevlm.train.loader import accumulation_steps, fit_rows
     from sparsevlm.train.plan import plan
 
@@ -150,7 +150,8 @@ def _check(recipe: Recipe, world_size: int, console: Console) -> None:
     faults += find_faults(recipe, world_size)
     if faults:
         raise RecipeError(faults)
-    parts = [recipe.model.vision.path, recipe.model.language.path]
+    towers = [recipe.model.vision, *recipe.model.vision.beside]
+    parts = [*(tower.path for tower in towers), recipe.model.language.path]
     for path in parts:
         part_config(path, recipe.model.trust_remote_code)  # what is on the Hub is then in its cache, where `plan` looks
     if not recipe.model.trust_remote_code:

@@ -8,48 +8,16 @@ Legend: F frames, S side in pixels of what comes in, h x w grid of all towers, D
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from sparsevlm.vision.encoder import Layer, as_layers, frame_maps, output_grid
-
-FLAT = "vision_feature_layer"
-"""Under this name the configuration of each tower says which of its layers is read."""
-
-
-@strict
-class SideBySideConfig(PreTrainedConfig):
-    """Configuration of `SideBySideModel`.
-
-    Args:
-        towers: Configuration of each tower as a mapping; `vision_feature_layer` in it is the layer that is read.
-        sides: Side in pixels at which each tower sees a picture.
-        means: Channel means of each tower; the first are those of the pictures that come in.
-        stds: Channel standard deviations of each.
-        image_size: Side in pixels of the pictures that come in: the largest of `sides`.
-    """
-
-    model_type = "sparsevlm_towers"
-    towers: list[dict[str, Any]] | None = None
-    sides: list[int] | None = None
-    means: list[list[float]] | None = None
-    stds: list[list[float]] | None = None
-    image_size: int = 0
-
-    @property
-    def configs(self) -> list[PreTrainedConfig]:
-        """A configuration object for each tower."""
-        found = []
-        for raw in copy.deepcopy(self.towers or []):
-            found.append(AutoConfig.for_model(raw.pop("model_type"), **raw))
-        return found
+from sparsevlm.vision.side_by_side_config import ITS_LAYER, SideBySideConfig
 
 
 def side_by_side(
@@ -75,7 +43,7 @@ def side_by_side(
             "is the same"
         )
     raw = [
-        config.to_dict() | {FLAT: layer if isinstance(layer, int) else list(layer)}
+        config.to_dict() | {ITS_LAYER: layer if isinstance(layer, int) else list(layer)}
         for config, layer in zip(configs, layers, strict=True)
     ]
     return SideBySideConfig(
@@ -126,7 +94,7 @@ class SideBySideModel(PreTrainedModel):
                 pixels = nn.functional.interpolate(
                     pixels.float(), (side, side), mode="bicubic", align_corners=False, antialias=True
                 )
-            maps.append(frame_maps(tower, pixels, getattr(tower.config, FLAT)))
+            maps.append(frame_maps(tower, pixels, getattr(tower.config, ITS_LAYER)))
         return BaseModelOutput(last_hidden_state=torch.cat(maps, dim=1))  # pyright: ignore[reportArgumentType]
 
 
@@ -145,10 +113,9 @@ def each_tower(tower: nn.Module, layer: Layer) -> Iterator[tuple[nn.Module, tupl
     """Yield the towers that stand side by side with the layers that are read of each; of one tower itself."""
     if isinstance(tower, SideBySideModel):
         for each in tower.towers:
-            yield each, as_layers(getattr(each.config, FLAT))
+            yield each, as_layers(getattr(each.config, ITS_LAYER))
     else:
         yield tower, as_layers(layer)
 
 
-AutoConfig.register(SideBySideConfig.model_type, SideBySideConfig, exist_ok=True)
 AutoModel.register(SideBySideConfig, SideBySideModel, exist_ok=True)

@@ -233,7 +233,7 @@ def test_format_mixes_captions_and_kinds_evenly():
 def test_shipped_parts_are_small_and_know_every_word():
     from transformers import AutoTokenizer
 
-    from sparsevlm.model.build import ASSETS
+    from sparsevlm.model.parts import ASSETS
 
     parts = ASSETS / "quickstart"
     weights = list(parts.rglob("*.safetensors"))

@@ -11,6 +11,7 @@ from sparsevlm.adapters.mma.config import MmaConfig
 from sparsevlm.adapters.mma.layer import Source
 from sparsevlm.adapters.passes import find_parts
 from sparsevlm.surgery import LayerChoice, decoder_layers, resolve_layers
+from sparsevlm.vision.side_by_side_config import ITS_LAYER
 
 ATTENTIONS = ("self_attn", "attention", "attn", "self_attention")
 """Names that transformers gives a layer's attention."""
@@ -73,7 +74,8 @@ def find_places(model: nn.Module, config: MmaConfig) -> dict[str, Place]:
 def used_layers(model: Any, tower: Any) -> int:
     """Return how many layers of a tower the model reads, from its ``vision_feature_layer``."""
     total = getattr(tower.config, "num_hidden_layers", 0)
-    chosen = getattr(getattr(model, "config", None), "vision_feature_layer", None)
+    own = getattr(tower.config, ITS_LAYER, None)  # of a tower among several
+    chosen = getattr(getattr(model, "config", None), "vision_feature_layer", None) if own is None else own
     if chosen is None:
         return total
     chosen = [chosen] if isinstance(chosen, int) else list(chosen)
