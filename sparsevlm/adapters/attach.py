@@ -1,8 +1,8 @@
 """Adapters on a model: attached, saved, loaded, taken off again. The only file that touches PEFT's tables.
 
 While an adapter is attached the model is no `PeftModel`: PEFT's layers stand in the place of the adapted ones, all
-other names stay. What trains in full beside the adapter (the connector) is trained where it is, and saved as PEFT saves
-`modules_to_save`, so that PEFT alone restores it.
+other names stay. What trains in full beside the adapter (connector, fusion) is trained where it is, and saved as PEFT
+saves `modules_to_save`, so that PEFT alone restores it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from sparsevlm.adapters.prepared import Prepared
 from sparsevlm.adapters.quantise import Quantised, forget_marks, settings_of, unshared
 from sparsevlm.adapters.saved import ADAPTER_CONFIG, ADAPTER_WEIGHTS, write_parent
 from sparsevlm.recipe.adapter import Adapter
+from sparsevlm.surgery import FUSION_MODULES
 
 NAME = "default"
 """PEFT's name of the one adapter that a model here has."""
@@ -154,7 +155,8 @@ def adapter_state(model: Any, state: Mapping[str, Tensor] | None = None) -> tupl
     """Return what an adapter directory holds: tensors under PEFT's names, and the modules saved whole.
 
     Args:
-        model: Model with an adapter, its `requires_grad` as trained: connector blocks that train are saved whole.
+        model: Model with an adapter, its `requires_grad` as trained: blocks of connector and fusion that train are
+            saved whole.
         state: Its state dict, where the model itself holds only shards.
     """
     from peft import get_peft_model_state_dict
@@ -164,9 +166,10 @@ def adapter_state(model: Any, state: Mapping[str, Tensor] | None = None) -> tupl
 
     whole = dict(model.state_dict() if state is None else state)
     blocks = [
-        f"model.connector.{i}"
-        for i, block in enumerate(model.model.connector)
-        if any(p.requires_grad and not is_adapter_parameter(name) for name, p in block.named_parameters())
+        name
+        for name, block in model.named_modules()
+        if (name.rpartition(".")[0] == "model.connector" or name.rpartition(".")[2] in FUSION_MODULES)
+        and any(p.requires_grad and not is_adapter_parameter(inner) for inner, p in block.named_parameters())
     ]
     tensors = get_peft_model_state_dict(model, whole, NAME, save_embedding_layers=False)
     tensors = whole_stacks(model, as_plain(model, tensors))

@@ -198,6 +198,8 @@ def _summary(source: Source, text_only: bool) -> str:
         blocks = " → ".join(block["type"] for block in config.get("connector") or []) or "projector"
         tower = config.get("vision_config", {}).get("model_type", "")
         words = f"A vision-language model: a {tower} tower, a connector ({blocks}) and a {language}."
+        if config.get("fusion"):
+            words += f" Its layers reach visual tokens by {config['fusion']['type'].replace('_', ' ')}."
     experts = _experts(config)
     if experts is None:
         return words

@@ -6,10 +6,11 @@ gated cross-attention (`cross_attention`), where text looks at media that stay b
 
 from sparsevlm.fusion.forward import fusing
 from sparsevlm.fusion.install import (
+    check_fusion,
     fusion_spec,
     initialize_fusion,
     install_fusion,
     media_apart,
 )
 
-__all__ = ["fusing", "fusion_spec", "initialize_fusion", "install_fusion", "media_apart"]
+__all__ = ["check_fusion", "fusing", "fusion_spec", "initialize_fusion", "install_fusion", "media_apart"]

@@ -27,6 +27,20 @@ def media_apart(fusion: dict[str, Any] | None) -> bool:
     return fusion is not None and fusion["type"] == "gated_cross_attention"
 
 
+def check_fusion(fusion: dict[str, Any] | None, layers: int) -> None:
+    """Refuse a fusion that a decoder of so many layers has no place for.
+
+    Raises:
+        ValueError: It is one.
+    """
+    spec = fusion_spec(fusion)
+    if isinstance(spec, GatedCrossAttentionFusion) and spec.every > layers:
+        raise ValueError(
+            f"fusion: a block before every {spec.every}th layer, but the language model has {layers} layers; set "
+            f"model.fusion.every to {layers} or less"
+        )
+
+
 def install_fusion(
     language_model: nn.Module, text_config: Any, fusion: dict[str, Any] | None, media_dim: int | None = None
 ) -> None:
@@ -48,12 +62,8 @@ def install_fusion(
         return
     assert media_dim is not None
     layers = decoder_layers(language_model)
+    check_fusion(fusion, len(layers))
     indices = list(range(spec.every - 1, len(layers), spec.every))
-    if not indices:
-        raise ValueError(
-            f"fusion: a block before every {spec.every}th layer, but the language model has {len(layers)} layers; set "
-            f"model.fusion.every to {len(layers)} or less"
-        )
 
     def build(index: int, layer: nn.Module) -> nn.Module:
         block = GatedCrossAttention(text_config.hidden_size, media_dim, index, spec.heads, spec.head_dim, spec.ff_mult)

@@ -325,6 +325,11 @@ class Recipe(Strict):
                         (*at, "adapter", "targets", i),
                         f"neither this stage nor an earlier one has 'upcycle', so there is no {target!r}",
                     )
+            fuses = view(raw.get("model")).get("fusion") is not None
+            for option, place in (("trains", at), ("targets", (*at, "adapter"))):
+                named = names((stage if option == "trains" else adapter).get(option))
+                if "fusion" in named and not fuses:
+                    yield (*place, option, named.index("fusion")), "the model has no 'fusion'; give it one"
             for i, part in enumerate(names(stage.get("trains"))):
                 if part in MOE_PARTS and not upcycled:
                     yield (

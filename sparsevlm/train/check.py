@@ -14,7 +14,7 @@ import torch
 from sparsevlm.adapters.attach import AdapterReport, attach, detach, has_adapter
 from sparsevlm.adapters.targets import TargetError
 from sparsevlm.connectors.base import connector_items, parse_connector
-from sparsevlm.fusion import media_apart
+from sparsevlm.fusion import check_fusion, media_apart
 from sparsevlm.model.attention import PACKED_SDPA, supports_packed_sdpa
 from sparsevlm.model.build import build_config, chat_template, packs_for_free
 from sparsevlm.model.configuration_sparsevlm import SparseVLMConfig
@@ -27,62 +27,12 @@ from sparsevlm.recipe.native import rules_of
 from sparsevlm.recipe.schema import Recipe, Stage
 from sparsevlm.recipe.section import OptionPath
 from sparsevlm.train.flops import Shape
+from sparsevlm.train.media import Medium, items_of, keeps_apart, parse_medium, visual_tokens
 from sparsevlm.train.parts import select_trainable
 from sparsevlm.vision.encoder import default_image_size, feature_dim, output_grid, vision_subconfig
 from sparsevlm.vision.native import check_native, native_dim, native_side, patch_side
 from sparsevlm.vision.preprocess import ImageSpec, tower_items
-from sparsevlm.vision.tokens import ItemShape, MediaKind
-
-_MEDIUM = re.compile(r"(?:(?P<frames>[1-9]\d*)f@)?(?P<width>[1-9]\d*)x(?P<height>[1-9]\d*)")
-
-
-@dataclass(frozen=True)
-class Medium:
-    """A picture or video to count tokens for.
-
-    Attributes:
-        name: As it was written: ``640x480``, ``64f@1280x720``.
-        kind: Image or video.
-        frames: Frames that are drawn from it.
-        size: ``(width, height)`` in pixels.
-    """
-
-    name: str
-    kind: MediaKind
-    frames: int
-    size: tuple[int, int]
-
-
-def parse_medium(text: str) -> Medium:
-    """Read a medium.
-
-    Raises:
-        ValueError: Neither ``WIDTHxHEIGHT`` nor ``FRAMESf@WIDTHxHEIGHT``.
-    """
-    text = text.strip()
-    match = _MEDIUM.fullmatch(text)
-    if match is None:
-        raise ValueError(f"medium {text!r}: expected WIDTHxHEIGHT (640x480) or FRAMESf@WIDTHxHEIGHT (64f@1280x720)")
-    kind = MediaKind.VIDEO if match["frames"] else MediaKind.IMAGE
-    return Medium(text, kind, int(match["frames"] or 1), (int(match["width"]), int(match["height"])))
-
-
-def frames_of(recipe: Recipe, medium: Medium) -> int:
-    """Return the frames of a medium that reach the tower."""
-    return min(medium.frames, recipe.model.video.max_frames) if medium.kind is MediaKind.VIDEO else 1
-
-
-def items_of(recipe: Recipe, spec: ImageSpec, medium: Medium) -> list[ItemShape]:
-    """Return the items of a medium as they leave the tower."""
-    return tower_items(spec, medium.kind, frames_of(recipe, medium), medium.size)
-
-
-def count_visual(recipe: Recipe, spec: ImageSpec, medium: Medium) -> int:
-    """Return the tokens that a medium takes in the prompt, as the processor counts them."""
-    if recipe.model.fusion is not None and media_apart(recipe.model.fusion.model_dump()):
-        return 1
-    after = connector_items(parse_connector(recipe.model.connector), items_of(recipe, spec, medium))
-    return sum(item.grid.num_tokens for item in after)
+from sparsevlm.vision.tokens import MediaKind
 
 
 @dataclass
@@ -128,6 +78,11 @@ class ModelCheck:
             raise RecipeError(self.faults) from error
         text: Any = config.text_config
         text.vocab_size = max(text.vocab_size, vocabulary)
+        try:
+            check_fusion(config.fusion, text.num_hidden_layers)
+        except ValueError as error:
+            self.fault(("model", "fusion"), error)
+            raise RecipeError(self.faults) from None
         return config
 
     def _sizes(self) -> Iterator[tuple[OptionPath, int | None]]:
@@ -371,21 +326,27 @@ class ModelCheck:
         """Return the size of a step, checking that a picture fits into a row.
 
         A row is taken to hold as many of `medium` as its visual budget allows when packing, else one: an upper bound
-        for the tower's share.
+        for the tower's share, unless media stay beside the text and nothing limits them.
         """
         batch = stage.batch
         at = ("stages", name, "batch")
         if batch.rows % (batch.rows_per_rank * world):
             self.fault((*at, "rows"), f"{batch.rows} rows cannot be divided over {world} x {batch.rows_per_rank} rows")
-        budget = min(batch.max_visual_tokens or batch.max_length, batch.max_length)
-        picture = count_visual(self.recipe, pictures, parse_medium("1x1"))
-        if picture >= budget:
-            option = "max_visual_tokens" if batch.max_visual_tokens and budget < batch.max_length else "max_length"
+        apart, most = keeps_apart(self.recipe), batch.max_visual_tokens
+        budget = most or batch.max_length if apart else min(most or batch.max_length, batch.max_length)
+        picture = visual_tokens(self.recipe, pictures, parse_medium("1x1"))
+        if picture > budget - (not apart) and (most or not apart):
+            option = "max_visual_tokens" if most and (apart or budget < batch.max_length) else "max_length"
             self.fault((*at, option), f"a picture alone takes {picture} tokens; no sample with one fits into {budget}")
         specs, items = parse_connector(self.recipe.model.connector), items_of(self.recipe, pictures, medium)
         after = [connector_items(specs[: i + 1], items) for i in range(len(specs))]
         steps = [sum(item.grid.num_tokens for item in each) for each in after]
         packing = packable if batch.packing == "auto" else batch.packing
+        if packing and apart and not most:
+            self.notes.append(
+                f"stages.{name}.batch: media stay beside the text, one token each, so a packed row may hold very many "
+                "of them; set max_visual_tokens"
+            )
         held = max(1, budget // steps[-1]) if packing else 1
         return Shape(
             rows=batch.rows,

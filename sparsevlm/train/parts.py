@@ -171,14 +171,18 @@ def select_trainable(model: nn.Module, trains: Iterable[str], optim: Optim | Non
             f"{', '.join(part for part in PARTS if part in present)}); take it out of 'trains', or give the stage an "
             "'upcycle' for the parts of moe, an 'adapter' for that part"
         )
-    adapted = next(
-        (name for name, _ in named if name.startswith("model.connector.") and is_adapter_parameter(name)), ""
-    )
-    if adapted and "connector" in trains:  # by a pattern: a recipe that names the part is refused when it is read
-        raise ValueError(
-            f"the stage trains the connector in full, and its adapter has a target there ({adapted}); set 'trains: "
-            "[adapter]' to adapt it, or a target that leaves it out to train it"
-        )
+    # By a pattern: a recipe that names the part is refused when it is read.
+    adapted = {
+        "fusion" if in_fusion(name) else "connector": name
+        for name, _ in named
+        if is_adapter_parameter(name) and (in_fusion(name) or name.startswith("model.connector."))
+    }
+    for part, name in adapted.items():
+        if part in trains:
+            raise ValueError(
+                f"the stage trains the {part} in full, and its adapter has a target there ({name}); take {part!r} out "
+                "of 'trains' to adapt it, or set a target that leaves it out to train it"
+            )
     for name, parameter in named:
         parameter.requires_grad_(is_trained(name, trains))
     freeze_tower_state(model)

@@ -17,9 +17,10 @@ from sparsevlm.model.modeling_sparsevlm import SparseVLMForConditionalGeneration
 from sparsevlm.recipe.hub import describe_hub
 from sparsevlm.recipe.load import RecipeError
 from sparsevlm.recipe.schema import Recipe, Stage
-from sparsevlm.train.check import ModelCheck, count_visual, items_of, parse_medium
+from sparsevlm.train.check import ModelCheck
 from sparsevlm.train.expert_parallel import find_faults, find_model_faults, ranks_of_experts
 from sparsevlm.train.flops import Shape, Tower, flops_per_step, measure_tower, memory_per_rank
+from sparsevlm.train.media import count_visual, items_of, keeps_apart, parse_medium, visual_tokens
 from sparsevlm.train.parts import count_parameters, select_trainable
 from sparsevlm.train.prepare import training_dtype
 
@@ -75,6 +76,9 @@ def plan(recipe: Recipe, media: Sequence[str] = (), *, world: int = 1) -> dict[s
         stages.append(entry | {"adapter": _describe_adapter(check.adapters.get(name), recipe)})
     if check.faults:
         raise RecipeError(check.faults)
+    if keeps_apart(recipe):
+        beside = [f"{m.name}: {visual_tokens(recipe, pictures[max(pictures)], m):,}" for m in counted]
+        check.notes.append(f"media stay beside the text, one token each; visual tokens there: {', '.join(beside)}")
     uploads = None if recipe.hub is None else describe_hub(recipe.hub, list(recipe.stages))
     return {"recipe": recipe.name, "stages": stages, "hub": uploads, "notes": check.notes}
 

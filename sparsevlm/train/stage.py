@@ -21,6 +21,7 @@ from sparsevlm.train.adapter_start import read_adapter_start
 from sparsevlm.train.evaluation import by_kind, eval_specs, evaluate_stage, survey_stage, trained_model
 from sparsevlm.train.expert_parallel import complete_state, ranks_of_experts
 from sparsevlm.train.fingerprint import check_unchanged, stage_inputs
+from sparsevlm.train.parts import parts_of
 from sparsevlm.train.prepare import CHECKPOINTS, START, save_start, start_model, training_dtype
 from sparsevlm.train.sharding import cast_adapter, gather_state, uses_deepspeed
 from sparsevlm.train.summary import STAGE_FILE, StageSummary, losses_and_speed, print_trainable
@@ -321,7 +322,8 @@ def write_output(trainer: VLMTrainer, recipe: Recipe, output: Path, home: Path, 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return what an adapter's directory holds and nothing of the frozen weights, whole; all ranks call it."""
-    return gather_state(model, lambda name: is_adapter_parameter(name) or name.startswith("model.connector."))
+    beside = ("connector", "fusion")
+    return gather_state(model, lambda name: is_adapter_parameter(name) or parts_of(name)[-1] in beside)
 
 
 def _float16(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

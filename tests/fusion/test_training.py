@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsevlm.adapters.attach import attach
@@ -17,6 +18,7 @@ from sparsevlm.export.native import place
 from sparsevlm.model.build import build_model, load_model
 from sparsevlm.moe.upcycle import upcycle_model
 from sparsevlm.recipe.adapter.lora import Lora
+from sparsevlm.recipe.load import RecipeError
 from sparsevlm.recipe.moe import Upcycle
 from sparsevlm.recipe.schema import Recipe
 from sparsevlm.train.launch import train
@@ -149,3 +151,46 @@ def test_a_recipe_trains_saves_and_reloads(fusion: dict[str, Any], tiny_parts: d
     assert all(torch.equal(now[name], p) for name, p in frozen.items())
     gates = [p for name, p in now.items() if name.endswith("_gate")]
     assert all(bool(p.any()) for p in gates)
+
+
+def faults(tiny_parts: dict[str, str], **changes: Any) -> list[str]:
+    """Options that a recipe is refused for when it is planned."""
+    try:
+        plan(recipe_of(tiny_parts, **changes))
+    except RecipeError as error:
+        return [fault.path for fault in error.faults]
+    except ValidationError as error:
+        nested = [(fault["loc"], fault.get("ctx", {}).get("errors", [{"loc": ()}])) for fault in error.errors()]
+        return [".".join(map(str, (*at, *inner["loc"]))) for at, errors in nested for inner in errors]
+    return []
+
+
+def test_what_cannot_be_is_refused_at_its_line(tiny_parts: dict[str, str]) -> None:
+    stage = {"data": ["a"], "steps": 3, "batch": {"rows": 4, "max_length": 64}}
+    cross = section(CROSS)
+    assert faults(tiny_parts, model=cross) == []
+    assert faults(tiny_parts, model={"fusion": {**CROSS, "every": 3}}) == ["model.fusion"]
+    assert faults(tiny_parts, stages={"s": {**stage, "trains": ["fusion"]}}) == ["stages.s.trains.0"]
+    lora = {"type": "lora", "targets": ["fusion"]}
+    assert faults(tiny_parts, stages={"s": {**stage, "adapter": lora}}) == ["stages.s.adapter.targets.0"]
+    both = {**stage, "trains": ["adapter", "fusion"], "adapter": lora}
+    assert faults(tiny_parts, model=cross, stages={"s": both}) == ["stages.s.trains.1"]
+    partial = {"type": "partial_lora", "targets": ["to_kv"]}
+    assert faults(tiny_parts, model=cross, stages={"s": {**stage, "adapter": partial}}) == [
+        "stages.s.adapter.targets.0"
+    ]
+    few = {**stage, "trains": ["fusion"], "batch": {**stage["batch"], "max_visual_tokens": 15}}  # a picture has 16
+    assert faults(tiny_parts, model=cross, stages={"s": few}) == ["stages.s.batch.max_visual_tokens"]
+    for name, value in (("frame_text", "{time}"), ("subtitles", {"text": "{text}"})):
+        assert faults(tiny_parts, model={**cross, "video": {name: value}})
+
+
+def test_plan_tells_tokens_beside_the_text(tiny_parts: dict[str, str]) -> None:
+    document = plan(recipe_of(tiny_parts, model=section(CROSS)), ["32x32", "4f@32x32"])
+    assert document["stages"][0]["visual_tokens"] == {"32x32": 1, "4f@32x32": 1}
+    notes = " ".join(document["notes"])
+    assert "32x32: 16, 4f@32x32: 64" in notes and "set max_visual_tokens" not in notes
+    packed = recipe_of(tiny_parts, model=section(CROSS))
+    for stage in packed.stages.values():
+        stage.batch.packing = True
+    assert "set max_visual_tokens" in " ".join(plan(packed)["notes"])

@@ -273,7 +273,7 @@ def test_the_plan_counts_what_the_stage_trained(finished: Path) -> None:
         ({"targets": ["connector"], "stage": {"trains": ["adapter", "connector"]}}, "trains.1", "not both"),
         ({"targets": ["language", "model.connector.*"]}, "trains", "has a target there (model.connector."),
         ({"stage": {"trains": ["connector"]}}, "trains", "that it does not train"),
-        ({"stage": {"trains": ["adapter", "language"]}}, "trains.1", "only the connector"),
+        ({"stage": {"trains": ["adapter", "language"]}}, "trains.1", "only connector and fusion"),
         ({"stage": {"adapter": None, "trains": ["adapter"]}}, "trains.0", "no 'adapter'"),
     ],
 )

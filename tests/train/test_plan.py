@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from sparsevlm.recipe.load import RecipeError, dump_recipe, load_recipe
-from sparsevlm.train.check import parse_medium
+from sparsevlm.train.media import parse_medium
 from sparsevlm.train.plan import plan, print_plan
 from sparsevlm.vision.tokens import MediaKind
 from tests.train.planned import recipe_of, stage_of

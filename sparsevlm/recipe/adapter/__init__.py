@@ -59,8 +59,10 @@ def adapter_faults(trains: list[str], adapter: Any, parts: Sequence[str]) -> Ite
     if trains and "adapter" not in trains:
         yield ("trains",), "this stage has an 'adapter' that it does not train: name it"
     for i, part in enumerate(trains):
-        if part in parts and part not in ("adapter", "connector"):
-            yield ("trains", i), f"only the connector can train in full beside an adapter, not {part!r}"
+        if part in parts and part not in ("adapter", "connector", "fusion"):
+            yield ("trains", i), f"only connector and fusion can train in full beside an adapter, not {part!r}"
+        elif part == "fusion" and "fusion" in names(view(adapter).get("targets")):
+            yield ("trains", i), "the fusion is a target of the adapter: train it in full or adapt it, not both"
         elif part == "connector" and (taken := _connector_taken(adapter)):
             yield ("trains", i), f"the connector is {taken}, not both"
 

@@ -53,7 +53,7 @@ class Lora(Strict):
     """Learning rate of B over that of A (LoRA+, arXiv:2402.12354, proposes 16)."""
     targets: list[str] = Field(default=["language.attention", "language.ffn"], min_length=1)
     """What is adapted: parts (`language`, `language.attention`, `language.ffn`, `vision`, `vision.attention`,
-    `vision.ffn`, `connector`, `moe.experts`, `moe.router`) or patterns of layer names (`q_proj`,
+    `vision.ffn`, `connector`, `fusion`, `moe.experts`, `moe.router`) or patterns of layer names (`q_proj`,
     `model.language_model.layers.1.*`). `moe.experts` adapts the experts of the stacks, each with its own A and B."""
     experts: Literal["all"] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = "all"
     """Which experts of the stacks are adapted: `all` (and the shared expert), or their indices. The others have no A

@@ -73,7 +73,7 @@ class SliceLora(Strict):
         yield from _target_faults(raw, "vision", "is for the tower's linear layers")
 
 
-_PARTS = ("language", "vision", "connector", "moe")
+_PARTS = ("language", "vision", "connector", "fusion", "moe")
 
 
 def _target_faults(raw: dict[str, Any], part: str, what: str) -> Iterator[CrossFault]:

@@ -1,0 +1,71 @@
+"""Pictures and videos that a plan counts tokens for."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from sparsevlm.connectors.base import connector_items, parse_connector
+from sparsevlm.fusion import media_apart
+from sparsevlm.recipe.schema import Recipe
+from sparsevlm.vision.preprocess import ImageSpec, tower_items
+from sparsevlm.vision.tokens import ItemShape, MediaKind
+
+_MEDIUM = re.compile(r"(?:(?P<frames>[1-9]\d*)f@)?(?P<width>[1-9]\d*)x(?P<height>[1-9]\d*)")
+
+
+@dataclass(frozen=True)
+class Medium:
+    """A picture or video to count tokens for.
+
+    Attributes:
+        name: As it was written: ``640x480``, ``64f@1280x720``.
+        kind: Image or video.
+        frames: Frames that are drawn from it.
+        size: ``(width, height)`` in pixels.
+    """
+
+    name: str
+    kind: MediaKind
+    frames: int
+    size: tuple[int, int]
+
+
+def parse_medium(text: str) -> Medium:
+    """Read a medium.
+
+    Raises:
+        ValueError: Neither ``WIDTHxHEIGHT`` nor ``FRAMESf@WIDTHxHEIGHT``.
+    """
+    text = text.strip()
+    match = _MEDIUM.fullmatch(text)
+    if match is None:
+        raise ValueError(f"medium {text!r}: expected WIDTHxHEIGHT (640x480) or FRAMESf@WIDTHxHEIGHT (64f@1280x720)")
+    kind = MediaKind.VIDEO if match["frames"] else MediaKind.IMAGE
+    return Medium(text, kind, int(match["frames"] or 1), (int(match["width"]), int(match["height"])))
+
+
+def frames_of(recipe: Recipe, medium: Medium) -> int:
+    """Return the frames of a medium that reach the tower."""
+    return min(medium.frames, recipe.model.video.max_frames) if medium.kind is MediaKind.VIDEO else 1
+
+
+def items_of(recipe: Recipe, spec: ImageSpec, medium: Medium) -> list[ItemShape]:
+    """Return the items of a medium as they leave the tower."""
+    return tower_items(spec, medium.kind, frames_of(recipe, medium), medium.size)
+
+
+def visual_tokens(recipe: Recipe, spec: ImageSpec, medium: Medium) -> int:
+    """Return the visual tokens of a medium, in the prompt or beside it."""
+    after = connector_items(parse_connector(recipe.model.connector), items_of(recipe, spec, medium))
+    return sum(item.grid.num_tokens for item in after)
+
+
+def keeps_apart(recipe: Recipe) -> bool:
+    """Tell whether visual tokens stay beside the prompt."""
+    return recipe.model.fusion is not None and media_apart(recipe.model.fusion.model_dump())
+
+
+def count_visual(recipe: Recipe, spec: ImageSpec, medium: Medium) -> int:
+    """Return the tokens that a medium takes in the prompt, as the processor counts them."""
+    return 1 if keeps_apart(recipe) else visual_tokens(recipe, spec, medium)
