@@ -60,7 +60,8 @@ class QFormerSpec(BlockSpec):
     """`frame`: every frame of a video is read by itself; `item`: all frames at once."""
     weights: str | None = None
     """Hub id or directory of a BLIP-2 or InstructBLIP model of transformers: queries, Q-Former and `norm` begin with
-    its weights. Read once, when the model is made of its parts."""
+    its weights. With `instruction` an InstructBLIP model, or BLIP-2's for image-text retrieval, which also reads text.
+    Read once, when the model is made of its parts."""
 
     @model_validator(mode="after")
     def _consistent(self) -> QFormerSpec:
@@ -92,6 +93,9 @@ class QFormerSpec(BlockSpec):
             tensors = read_tensors(self.weights, _block_name)
             if _QUERIES in tensors:
                 tensors[_QUERIES] = tensors[_QUERIES].flatten(0, -2)  # (1, m, C) -> (m, C)
+            for name in ("weight", "bias"):  # BLIP-2 has the norm of its embeddings beside them
+                if self.instruction and f"qformer.layernorm.{name}" in tensors:
+                    tensors[f"qformer.embeddings.layernorm.{name}"] = tensors.pop(f"qformer.layernorm.{name}")
             fill(module, tensors, self.weights)
 
 
@@ -194,4 +198,6 @@ def _block_name(name: str) -> str | None:
     for theirs, ours in (("qformer.", "qformer."), ("vision_model.post_layernorm.", "qformer_norm.")):
         if name.startswith(theirs) or f".{theirs}" in name:
             return ours + name.split(theirs, 1)[1]
+    if name.startswith("embeddings."):  # of BLIP-2's first stage, whose Q-Former reads text
+        return f"qformer.{name}"
     return _QUERIES if name.split(".")[-1] == "query_tokens" else None

@@ -180,6 +180,34 @@ def test_weights_of_transformers_models(kind, tmp_path):
     close(block(tokens).features, expected.flatten(0, 1))
 
 
+def test_weights_of_blip2_with_its_text_branch(tmp_path):
+    """BLIP-2 for retrieval: what InstructBLIP's Q-Former begins with."""
+    from transformers import Blip2Config, Blip2ForImageTextRetrieval
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 12}
+    vision = sizes | {"hidden_size": 6, "image_size": 16, "patch_size": 8}
+    reader = sizes | {"encoder_hidden_size": 6, "vocab_size": 20, "use_qformer_text_input": True}
+    text = {"model_type": "opt", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 16}
+    config = Blip2Config(
+        vision_config=vision, qformer_config=reader, text_config=text, num_query_tokens=3, image_text_hidden_size=8
+    )
+    torch.manual_seed(3)
+    whole = Blip2ForImageTextRetrieval(config).eval()
+    for parameter in whole.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    whole.save_pretrained(tmp_path)
+    spec = parse_block(ASKED | {"weights": str(tmp_path)})
+    block = spec.build(6, 16).eval()
+    spec.load_pretrained(block)
+
+    ids, frames = torch.tensor([[4, 7, 2], [5, 0, 0]]), torch.randn(2, 5, 6)
+    mask = torch.cat([torch.ones(2, 3, dtype=torch.long), (ids > 0).long()], dim=1)
+    embedded = whole.embeddings(input_ids=ids, query_embeds=whole.query_tokens.expand(2, -1, -1))
+    seen = whole.vision_model.post_layernorm(frames)
+    expected = whole.qformer(embedded, query_length=3, attention_mask=mask, encoder_hidden_states=seen)
+    close(block.read(frames, (ids, mask[:, 3:])), expected.last_hidden_state[:, :3])
+
+
 def test_weights_that_do_not_fit_are_refused(tmp_path):
     tiny_model("blip-2").save_pretrained(tmp_path)
     wrong = parse_block(SMALL | {"queries": 4, "weights": str(tmp_path)})

@@ -49,6 +49,29 @@ def test_yi_vl() -> None:
     assert render("yi_vl", TALK[:1], add_generation_prompt=True)[0].endswith("[vqa] what?\n### Assistant:")
 
 
+def test_qwen_vl() -> None:
+    text, targets = render("qwen_vl", TALK)
+    assert text == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\nPicture 1: <img><image></img>\n[vqa] what?<|im_end|>\n"
+        "<|im_start|>assistant\na cat<|im_end|>\n<|im_start|>user\nsure?<|im_end|>\n"
+        "<|im_start|>assistant\nyes<|im_end|>\n"
+    )
+    assert targets == ["a cat<|im_end|>", "yes<|im_end|>"]
+    two = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "same?"}]}]
+    pictures = "Picture 1: <img><image></img>\nPicture 2: <img><image></img>\nsame?<|im_end|>\n"
+    assert render("qwen_vl", two, add_generation_prompt=True)[0].endswith(pictures + "<|im_start|>assistant\n")
+
+
+def test_internlm_xcomposer() -> None:
+    text, targets = render("internlm_xcomposer", TALK)
+    assert text == (
+        "<s> <|User|>:<image>[vqa] what? \n<TOKENS_UNUSED_0> <|Bot|>:a cat<TOKENS_UNUSED_1> </s>"
+        " <|User|>:sure? \n<TOKENS_UNUSED_0> <|Bot|>:yes<TOKENS_UNUSED_1> </s>"
+    )
+    assert targets == ["a cat<TOKENS_UNUSED_1> </s>", "yes<TOKENS_UNUSED_1> </s>"]
+
+
 @pytest.mark.parametrize("name", sorted(file.stem for file in TEMPLATES.glob("*.jinja")))
 def test_a_prompt_is_the_beginning_of_what_was_trained_on(name: str) -> None:
     whole, _ = render(name, TALK[:2])
