@@ -9,7 +9,8 @@ import torch
 
 from sparsevlm.connectors.base import connector_dims, parse_connector
 from sparsevlm.recipe.load import load_recipe
-from sparsevlm.train.check import ModelCheck, count_visual, parse_medium
+from sparsevlm.train.check import ModelCheck
+from sparsevlm.train.media import count_visual, parse_medium
 from sparsevlm.train.parts import parts_of
 from sparsevlm.train.plan import plan
 from sparsevlm.vision.encoder import feature_dim
