@@ -19,6 +19,9 @@ LayerChoice = str | Sequence[int]
 FUSION_MODULES = ("gated_cross_attn", "visual_expert")
 """Names of the submodules that a fusion adds to decoder layers."""
 
+TEXT_TWIN = "text_expert"
+"""Name that a module of the language model has beside its twin for visual tokens."""
+
 _FUSION = re.compile(rf"(^|\.)({'|'.join(FUSION_MODULES)})(\.|$)")
 
 

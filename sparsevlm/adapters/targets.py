@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparsevlm.moe.block import SparseMoeBlock
 from sparsevlm.registry import suggest
-from sparsevlm.surgery import decoder_layers, in_fusion
+from sparsevlm.surgery import FUSION_MODULES, TEXT_TWIN, decoder_layers, in_fusion
 from sparsevlm.vision.side_by_side import each_tower
 
 PARTS: tuple[str, ...] = (
@@ -28,6 +28,7 @@ PARTS: tuple[str, ...] = (
 fusion put into the layers: that is `fusion`."""
 
 _ATTENTION = re.compile(r"(attn|attention)")
+_TWIN = re.compile(rf"\.({TEXT_TWIN}|{FUSION_MODULES[1]})(?=\.|$)")
 _LINEAR = (nn.Linear, Conv1D)
 _KINDS = (*_LINEAR, nn.Conv2d, nn.Embedding)
 
@@ -98,7 +99,8 @@ def parts_of_model(model: Any) -> dict[str, str]:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+    names = {name, _TWIN.sub("", name)}  # a layer that has a twin for visual tokens, and the twin, go by its name too
+    return any(fnmatchcase(known, pattern) or fnmatchcase(known, f"*.{pattern}") for known in names)
 
 
 def _nothing(target: str, known: dict[str, str]) -> str:
@@ -193,7 +195,8 @@ def _parameters(model: Any) -> Iterator[tuple[str, str]]:
     """Yield stacked weights of experts and the weights of routers, which are no linear layers."""
     for prefix, module in model.named_modules():
         if isinstance(module, SparseMoeBlock):
-            yield f"{prefix}.gate.weight", "moe.router"
+            if hasattr(module.gate, "weight"):  # not where modality decides
+                yield f"{prefix}.gate.weight", "moe.router"
             for name, parameter in module.experts.named_parameters():
                 if len(getattr(parameter, "ds_shape", parameter.shape)) == 3:  # of a shard, the whole's
                     yield f"{prefix}.experts.{name}", "moe.experts"

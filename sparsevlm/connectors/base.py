@@ -50,6 +50,11 @@ class BlockSpec(BaseModel):
     """True when the module holds no parameter."""
 
     @property
+    def marks(self) -> tuple[bool, bool]:
+        """Whether the first and the last token of a medium are marks of its beginning and end, when it leaves here."""
+        return False, False
+
+    @property
     def guide(self) -> GuideText | None:
         """What the module needs of `VisualTokens.guides`; None where it does not look at text."""
         return None

@@ -74,6 +74,11 @@ class LayoutSpec(BlockSpec):
         return not self.learned
 
     @property
+    def marks(self) -> tuple[bool, bool]:
+        """As the options say."""
+        return self.start, self.end
+
+    @property
     def learned(self) -> list[str]:
         """Names of the learned tokens."""
         flags = [name for name in ("slice_end", "slice_row_end", "frame_end", "start", "end") if getattr(self, name)]

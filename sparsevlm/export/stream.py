@@ -20,7 +20,15 @@ from sparsevlm.export.shards import Entry, ShardWriter, parse_size, total_bytes
 from sparsevlm.export.source import Source, fetch, read_ffn
 from sparsevlm.export.target import Form, Target, choose_target
 from sparsevlm.moe.alike import differences
-from sparsevlm.moe.expand import ALIGNED, layer_start, mixing_weights, moe_fields, preserves_function, shared_weights
+from sparsevlm.moe.expand import (
+    ALIGNED,
+    layer_start,
+    mixing_weights,
+    moe_fields,
+    preserves_function,
+    routed_weights,
+    shared_weights,
+)
 from sparsevlm.moe.ffn import FfnLayout, expert_weights, read_layout
 from sparsevlm.surgery import resolve_layers
 
@@ -292,7 +300,7 @@ class Job:
             centroids=None if self.centroids is None else self.centroids[layer],
         )
         dtype = dense[0]["down_proj"].dtype
-        made = {"gate.weight": router.to(dtype)} | {f"experts.{name}": stack for name, stack in stacks.items()}
+        made = routed_weights(self.spec, router.to(dtype), stacks)
         made |= {name: weight.to(dtype) for name, weight in mixing_weights(self.spec, layout.hidden_size).items()}
         shared = shared_weights(self.spec, dense[1], layout.down)
         made |= {f"shared_expert.{name}": weight for name, weight in shared.items()}

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import TypeAdapter
 from torch import nn
 
 from sparsevlm.fusion.cross_attention import NAME as CROSS_ATTENTION
 from sparsevlm.fusion.cross_attention import GatedCrossAttention
+from sparsevlm.fusion.visual_expert import install_experts
 from sparsevlm.moe.router import mark_initialized
-from sparsevlm.recipe.fusion import GatedCrossAttentionFusion
+from sparsevlm.recipe.fusion import Fusion, GatedCrossAttentionFusion, VisualExpertFusion
 from sparsevlm.surgery import decoder_layers, prepend_to_layers
 
+_FUSION: TypeAdapter[GatedCrossAttentionFusion | VisualExpertFusion] = TypeAdapter(Fusion)
 
-def fusion_spec(fusion: dict[str, Any] | None) -> GatedCrossAttentionFusion | None:
+
+def fusion_spec(fusion: dict[str, Any] | None) -> GatedCrossAttentionFusion | VisualExpertFusion | None:
     """Return the section that a config's `fusion` field says.
 
     Raises:
         pydantic.ValidationError: It says none.
     """
-    return None if fusion is None else GatedCrossAttentionFusion.model_validate(fusion)
+    return None if fusion is None else _FUSION.validate_python(fusion)
 
 
 def media_apart(fusion: dict[str, Any] | None) -> bool:
@@ -46,7 +50,7 @@ def install_fusion(
 ) -> None:
     """Add what a fusion needs to a decoder, with fresh weights; for use in a model's `__init__`.
 
-    Works on the meta device. The decoder computes what it did before.
+    Works on the meta device. The decoder computes what it did before, but for positions that are shared.
 
     Args:
         language_model: Decoder, just built or loaded; its MoE blocks are there already.
@@ -59,6 +63,9 @@ def install_fusion(
     """
     spec = fusion_spec(fusion)
     if spec is None:
+        return
+    if isinstance(spec, VisualExpertFusion):
+        install_experts(language_model, spec)
         return
     assert media_dim is not None
     layers = decoder_layers(language_model)

@@ -19,6 +19,7 @@ from sparsevlm.fusion import media_apart
 from sparsevlm.model.attention import supports_packed_sdpa
 from sparsevlm.model.configuration_sparsevlm import SparseVLMConfig
 from sparsevlm.model.modeling_sparsevlm import SparseVLMForConditionalGeneration, add_fusion, build_connector
+from sparsevlm.model.parity import check_parity, logits_of, some_tokens
 from sparsevlm.model.parts import image_spec, load_tower, part_config, resolve_part, tower_config
 from sparsevlm.model.processing_sparsevlm import SparseVLMProcessor
 from sparsevlm.recipe import schema
@@ -29,9 +30,6 @@ TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 _EXPECTED_FAILURES = ("gated_repo", "missing_entries", "connection_errors")
 """Of a look for an adapter on the Hub; loading the model itself then says what is wrong."""
-
-PARITY_TOLERANCE = 1e-4
-"""Largest logit difference, relative to the largest logit, between the source language model and ours (float32)."""
 
 
 def build_config(model: schema.Model, *, offline_shapes: bool = False) -> SparseVLMConfig:
@@ -145,34 +143,19 @@ def build_model(
     for spec, block in zip(parse_connector(config.connector or []), ours.model.connector, strict=True):
         spec.load_pretrained(block)
     ours.model.connector.to(dtype)
+    ids = some_tokens(config)
+    reference = logits_of(source.eval(), ids)  # of the decoder as it came
     add_fusion(source.base_model, config)
     ours.set_output_embeddings(head)
     ours.tie_weights()
     ours.generation_config = source.generation_config
     ours.eval()
-    _check_parity(source, ours, model.language.path)
+    check_parity(reference, logits_of(ours, ids), f"{model.language.path!r} ({type(source).__name__})")
     size = len(processor.tokenizer)
     if size > config.text_config.vocab_size:
         ours.resize_token_embeddings(size, mean_resizing=False)
     set_attention(ours, model.language.attention)
     return ours, processor
-
-
-@torch.no_grad()
-def _check_parity(source: nn.Module, ours: SparseVLMForConditionalGeneration, path: str) -> None:
-    """Refuse a language model whose own wrapper does more than decoder + head (scaled or capped logits)."""
-    vocabulary = ours.config.text_config.vocab_size
-    ids = torch.arange(7, 7 + 11 * 8, 11).remainder(vocabulary)  # (8,) arbitrary tokens
-    ids = ids[(ids != ours.config.image_token_id) & (ids != ours.config.video_token_id)][None]
-    source.eval()
-    want, got = source(input_ids=ids).logits.float(), ours(input_ids=ids).logits.float()
-    difference = float((want - got).abs().max() / want.abs().max().clamp(min=1))
-    if difference > PARITY_TOLERANCE:
-        raise ValueError(
-            f"language model {path!r} ({type(source).__name__}) computes logits that decoder + lm_head do not give "
-            f"(relative difference {difference:.2e}, allowed {PARITY_TOLERANCE}); it probably scales or caps them, "
-            "which is not supported"
-        )
 
 
 def load_model(

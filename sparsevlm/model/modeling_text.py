@@ -16,6 +16,7 @@ from sparsevlm.model.sparse import MoePreTrainedModel
 from sparsevlm.moe.block import install_moe
 from sparsevlm.moe.groups import router_groups
 from sparsevlm.moe.losses import add_routing_losses, wants_losses
+from sparsevlm.moe.modality import goes_by_modality
 from sparsevlm.moe.padding import leave_out_padding, padding_mask
 from sparsevlm.moe.router import collect_routing
 
@@ -37,6 +38,11 @@ class SparseVLMTextForCausalLM(MoePreTrainedModel, GenerationMixin):
         kernel = text_config._experts_implementation
         text_config._experts_implementation = None
         self.language_model = AutoModelForCausalLM.from_config(text_config)
+        if goes_by_modality(config.moe):
+            raise ValueError(
+                "experts by modality (router scoring 'modality') need visual tokens, and this is a language model "
+                "without vision; take another scoring"
+            )
         if config.moe is not None:
             install_moe(self.language_model, text_config, config.moe, experts_implementation=kernel)
         self.post_init()

@@ -40,4 +40,7 @@ def stretch_positions(model: SparseVLMForConditionalGeneration, factor: float) -
     device = next(decoder.parameters()).device
     for module in list(decoder.modules()):
         if hasattr(module, "rotary_emb"):
-            module.rotary_emb = type(module.rotary_emb)(decoder.config).to(device)
+            fresh = type(module.rotary_emb)(decoder.config).to(device)
+            for hooks in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):  # of a fusion that shares positions
+                setattr(fresh, hooks, getattr(module.rotary_emb, hooks))
+            module.rotary_emb = fresh

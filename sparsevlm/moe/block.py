@@ -16,6 +16,8 @@ from transformers import initialization as init
 from sparsevlm.moe.capacity import Capacity
 from sparsevlm.moe.experts import MoeConfig, choose_implementation, experts_class
 from sparsevlm.moe.ffn import FfnLayout, read_layout
+from sparsevlm.moe.modality import SCORING as BY_MODALITY
+from sparsevlm.moe.modality import ModalityRouter
 from sparsevlm.moe.padding import real_tokens
 from sparsevlm.moe.router import TopKRouter, mark_initialized
 from sparsevlm.surgery import decoder_layers, replace_submodules, resolve_layers
@@ -54,21 +56,10 @@ class SparseMoeBlock(nn.Module):
                 f"the MoE layer's config says shared_expert={config.shared_expert!r}, but it was given "
                 f"{'no FFN' if shared_expert is None else type(shared_expert).__name__}"
             )
-        self.gate = TopKRouter(
-            config.hidden_size,
-            config.num_experts,
-            config.num_experts_per_tok,
-            norm_topk_prob=config.norm_topk_prob,
-            init_std=config.router_init_std,
-            scoring_func=config.scoring_func,
-            jitter=config.router_jitter_noise,
-            balance_bias=config.bias_update_rate > 0,
-            capacity=Capacity(
-                config.capacity_factor, config.eval_capacity_factor, config.min_capacity, config.drop_policy
-            ),
-        )
+        self.gate = build_router(config)
         self.experts = experts_class(config.gated, config.bias)(kernel_config or config, config)
         self.dropout = config.dropout
+        self.init_std = config.router_init_std
         self.shared = config.shared_expert
         if shared_expert is not None:
             self.shared_expert = shared_expert
@@ -93,7 +84,7 @@ class SparseMoeBlock(nn.Module):
         if mixing is None:
             return
         linear: Any = getattr(self, mixing)
-        init.normal_(linear.weight, mean=0.0, std=self.gate.init_std)
+        init.normal_(linear.weight, mean=0.0, std=self.init_std)
         if linear.bias is not None:
             init.zeros_(linear.bias)
         mark_initialized(linear)
@@ -120,6 +111,23 @@ class SparseMoeBlock(nn.Module):
             share = self.coefficient(flat).softmax(dim=-1).to(routed.dtype)  # (S, 2); float32 under autocast
             return share[:, :1] * routed + share[:, 1:] * self.shared_expert(flat)
         return routed
+
+
+def build_router(config: MoeConfig) -> TopKRouter | ModalityRouter:
+    """Return the router of a MoE layer, freshly drawn."""
+    if config.scoring_func == BY_MODALITY:
+        return ModalityRouter()
+    return TopKRouter(
+        config.hidden_size,
+        config.num_experts,
+        config.num_experts_per_tok,
+        norm_topk_prob=config.norm_topk_prob,
+        init_std=config.router_init_std,
+        scoring_func=config.scoring_func,
+        jitter=config.router_jitter_noise,
+        balance_bias=config.bias_update_rate > 0,
+        capacity=Capacity(config.capacity_factor, config.eval_capacity_factor, config.min_capacity, config.drop_policy),
+    )
 
 
 def moe_config(layout: FfnLayout, text_config: Any, moe: Mapping[str, Any]) -> MoeConfig:

@@ -182,6 +182,12 @@ def router_weight(
     return rows.repeat_interleave(spec.granularity, dim=0)
 
 
+def routed_weights(spec: Upcycle, router: Tensor, stacks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the start of router and experts by their names in the block; routing by modality has no weight."""
+    learned = {} if spec.router.scoring == "modality" else {"gate.weight": router}
+    return learned | {f"experts.{name}": stack for name, stack in stacks.items()}
+
+
 def shared_weights(spec: Upcycle, weights: Mapping[str, Tensor], down: str) -> dict[str, Tensor]:
     """Return the start of the shared expert, which is the dense FFN module, under the FFN's own names.
 
@@ -291,7 +297,7 @@ def preserves_function(spec: Upcycle) -> tuple[bool, str]:
 def _weights_sum_to_one(spec: Upcycle) -> bool:
     """Tell whether a token's weights sum to 1 at the start."""
     router = spec.router
-    if router.norm_topk_prob or router.scoring == "topk_softmax":
+    if router.norm_topk_prob or router.scoring in ("topk_softmax", "modality"):
         return True
     if router.scoring == "softmax":
         return spec.top_k == spec.experts

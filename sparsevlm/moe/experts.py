@@ -27,7 +27,7 @@ from sparsevlm.moe.router import mark_initialized
 logger = logging.get_logger(__name__)
 
 _CHOICES = {
-    "scoring_func": ("softmax", "topk_softmax", "sigmoid"),
+    "scoring_func": ("softmax", "topk_softmax", "sigmoid", "modality"),
     "drop_policy": ("position", "probability"),
     "shared_expert": ("none", "residual", "gated"),
 }
@@ -51,7 +51,8 @@ class MoeConfig:
         router_init_std: Standard deviation of fresh router weights.
         initializer_range: Standard deviation of fresh expert weights.
         experts_implementation: Kernel, where no model config says otherwise.
-        scoring_func: ``softmax``, ``topk_softmax`` or ``sigmoid``; see `TopKRouter`.
+        scoring_func: ``softmax``, ``topk_softmax`` or ``sigmoid``, see `TopKRouter`; ``modality``, see
+            `ModalityRouter`.
         router_jitter_noise: Half width of the random factors on the router's input in training.
         bias_update_rate: Step of the balance bias; 0: there is none.
         capacity_factor: Tokens that an expert takes in training, over its fair share; None: all.
@@ -91,6 +92,11 @@ class MoeConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
+        if self.scoring_func == "modality" and (self.num_experts, self.num_experts_per_tok) != (2, 1):
+            raise ValueError(
+                f"scoring_func is 'modality' with {self.num_experts} experts, {self.num_experts_per_tok} a token; it "
+                "takes 2, one for text and one for visual tokens, and 1 a token"
+            )
         if self.bias_update_rate and self.scoring_func != "sigmoid":
             raise ValueError(
                 f"bias_update_rate is {self.bias_update_rate} but scoring_func is {self.scoring_func!r}: a balance "

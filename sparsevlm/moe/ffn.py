@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
+from sparsevlm.surgery import in_fusion
+
 GATED_NAMES = (
     ("gate_proj", "up_proj", "down_proj"),  # Llama, Qwen2, Qwen3, Gemma, Mistral, StableLM, …
     ("w1", "w3", "w2"),  # Llama's original names
@@ -76,6 +78,8 @@ def read_layout(ffn: nn.Module, text_config: Any) -> FfnLayout:
         for name, child in ffn.named_children()
         if name not in linears and (any(True for _ in child.parameters()) or any(True for _ in child.children()))
     ]
+    if any(in_fusion(name) for name, _ in ffn.named_children()):
+        raise refuse("it has a visual expert; leave its layer out of upcycle.layers, or set model.fusion.ffn: false")
     if others:
         raise refuse(f"it also holds {', '.join(others)}")
     required = [name for name, item in inspect.signature(ffn.forward).parameters.items() if item.default is item.empty]

@@ -89,7 +89,8 @@ def measure_routing(
         router_logits: ``(S, E)`` a layer.
         router_indices: ``(S, k)`` a layer, -1 where the expert was full or the token is padding.
         modality: ``(S,)`` from `token_modality`.
-        scoring: The router's; `sigmoid` probabilities are divided by their sum before their entropy is taken.
+        scoring: The router's; `sigmoid` probabilities are divided by their sum before their entropy is taken, and
+            `modality` leaves nothing open.
     """
     exact = torch.float32 if modality.device.type == "mps" else torch.float64
     kinds = torch.arange(len(MODALITIES), device=modality.device)[:, None]
@@ -111,6 +112,8 @@ def measure_routing(
 
 def _entropy(logits: Tensor, scoring: str) -> Tensor:
     """Return the entropy of each token's distribution over experts, over log E: ``(S,)``."""
+    if scoring == "modality":
+        return logits.new_zeros(logits.shape[0])
     scores = F.logsigmoid(logits) if scoring == "sigmoid" else logits
     log_p = scores.log_softmax(dim=-1)
     return -(log_p.exp() * log_p).sum(-1) / math.log(logits.shape[-1])

@@ -16,8 +16,16 @@ from transformers.activations import ACT2FN
 
 from sparsevlm.moe.backends import GPU_ONLY
 from sparsevlm.moe.block import SparseMoeBlock, moe_config, set_implementation
-from sparsevlm.moe.expand import layer_start, mixing_weights, moe_fields, preserves_function, shared_weights
+from sparsevlm.moe.expand import (
+    layer_start,
+    mixing_weights,
+    moe_fields,
+    preserves_function,
+    routed_weights,
+    shared_weights,
+)
 from sparsevlm.moe.ffn import FfnLayout, expert_weights, read_layout
+from sparsevlm.moe.modality import telling_apart
 from sparsevlm.moe.router import mark_initialized
 from sparsevlm.surgery import decoder_layers, replace_submodules, resolve_layers
 
@@ -177,6 +185,11 @@ def upcycle_model(
     Raises:
         ValueError: See there.
     """
+    if spec.router.scoring == "modality" and (model.config.fusion or {}).get("type") == "gated_cross_attention":
+        raise ValueError(
+            "experts by modality need visual tokens in the text, and the model's fusion, gated cross-attention, keeps "
+            "them beside it; take another router.scoring"
+        )
     model.config.moe, report = upcycle_language_model(
         model.model.language_model,
         model.config.text_config,
@@ -231,7 +244,7 @@ def _fill(
     stacks: Mapping[str, Tensor],
 ) -> None:
     """Write a layer's start into a block that was allocated without values."""
-    weights = {"gate.weight": router, **{f"experts.{name}": stack for name, stack in stacks.items()}}
+    weights = routed_weights(spec, router, stacks)
     weights |= mixing_weights(spec, layout.hidden_size)
     shared = shared_weights(spec, dict(ffn.named_parameters()), layout.down)
     weights |= {f"shared_expert.{name}": weight for name, weight in shared.items()}
@@ -285,7 +298,9 @@ def _compare(index: int, block: SparseMoeBlock, tokens: Tensor, dense: Tensor, p
         ValueError: Farther than rounding, although its options say that it is not.
     """
     training = [module.training for module in block.modules()]
-    difference = _difference(block.eval()(tokens), dense)
+    apart = torch.arange(tokens.shape[1]) % 2 == 1  # for experts by modality
+    with telling_apart(block, apart.to(tokens.device)):
+        difference = _difference(block.eval()(tokens), dense)
     for module, mode in zip(block.modules(), training, strict=True):
         module.training = mode
     if preserves and not difference <= (allowed := _allowed(dense)):

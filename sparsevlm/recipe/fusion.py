@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from sparsevlm.recipe.section import Strict
+from sparsevlm.recipe.moe import LayerChoice, layer_faults
+from sparsevlm.recipe.section import CrossFault, Strict
 
 
 class GatedCrossAttentionFusion(Strict):
@@ -31,5 +33,37 @@ class GatedCrossAttentionFusion(Strict):
     """Media that a text token sees: the `last` one before it, or `all` before it."""
 
 
-Fusion = Annotated[GatedCrossAttentionFusion, Field()]
+class VisualExpertFusion(Strict):
+    """A visual expert: visual tokens have projections and FFNs of their own (CogVLM, Wang et al., arXiv:2311.03079).
+
+    Visual tokens stand in the text, and text and visual tokens attend to each other as ever. In the chosen layers each
+    linear layer has a twin that visual tokens pass instead, a copy at the start: the language model computes what it
+    did. A token passes one of the two, so the twins cost memory but no arithmetic.
+
+    The FFN's part is also to be had as experts of a MoE layer: `ffn: false` here and, in a stage, `upcycle` with
+    `router.scoring: modality`.
+    """
+
+    type: Literal["visual_expert"]
+    """Kind of fusion."""
+    layers: LayerChoice = "all"
+    """Decoder layers that have it: `all`, `alternate`, a half, or a list of indices."""
+    attention: bool = True
+    """Double the linear layers of the attention: queries, keys, values and its output."""
+    ffn: bool = True
+    """Double the FFN."""
+    shared_position: bool = True
+    """The visual tokens of a picture share one position. Learned tokens that a `layout` block puts before and after it
+    have their own, and the one after it passes the weights of text. Frames of a video share one too, where no text
+    stands between them (`video.frame_text`)."""
+
+    @classmethod
+    def cross_faults(cls, raw: dict[str, Any]) -> Iterator[CrossFault]:
+        """See `Strict`."""
+        yield from layer_faults(raw)
+        if raw.get("attention") is False and raw.get("ffn") is False and raw.get("shared_position") is False:
+            yield ("type",), "with attention, ffn and shared_position off, nothing is left of the visual expert"
+
+
+Fusion = Annotated[GatedCrossAttentionFusion | VisualExpertFusion, Field(discriminator="type")]
 """What `model.fusion` may be."""

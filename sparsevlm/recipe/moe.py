@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from sparsevlm.recipe.section import CrossFault, Strict, number
+from sparsevlm.recipe.section import CrossFault, Strict, number, view
 
 LayerChoice = Literal["alternate", "all", "first_half", "second_half"] | list[int]
 
@@ -15,10 +15,11 @@ LayerChoice = Literal["alternate", "all", "first_half", "second_half"] | list[in
 class Router(Strict):
     """How tokens choose experts."""
 
-    scoring: Literal["softmax", "topk_softmax", "sigmoid"] = "softmax"
+    scoring: Literal["softmax", "topk_softmax", "sigmoid", "modality"] = "softmax"
     """`softmax`: over all experts, then the best k (Mixtral, MoE-LLaVA). `topk_softmax`: the best k, then a softmax
     over those; the same weights as `softmax` renormalised. `sigmoid`: each expert by itself (DeepSeek-V3); the balance
-    bias counts for the choice, not for the weight."""
+    bias counts for the choice, not for the weight. `modality`: nothing is learned, text goes to expert 0 and visual
+    tokens to expert 1, the FFN of CogVLM's visual expert; with `experts: 2`, `top_k: 1` and `aux_loss_coef: 0`."""
     norm_topk_prob: bool = True
     """Divide the k weights by their sum. Without it a layer of equal experts no longer computes what the dense one
     did: the start is not function-preserving."""
@@ -49,6 +50,11 @@ class Router(Strict):
         rate = number(raw.get("bias_update_rate", 0.0))
         if rate and raw.get("scoring", "softmax") != "sigmoid":
             yield ("bias_update_rate",), "a balance bias needs 'scoring: sigmoid'"
+        if raw.get("scoring") == "modality":
+            why = "is about a learned router, and 'scoring: modality' goes by what a token is: leave it out"
+            for option in ("init", "jitter", "capacity_factor", "eval_capacity_factor"):
+                if option in raw and raw[option] != cls.model_fields[option].default:
+                    yield (option,), f"{option!r} {why}"
 
 
 def routed_layer_faults(raw: dict[str, Any]) -> Iterator[CrossFault]:
@@ -57,6 +63,11 @@ def routed_layer_faults(raw: dict[str, Any]) -> Iterator[CrossFault]:
     if top_k is not None and experts is not None and top_k > experts:
         at = "top_k" if "top_k" in raw else "experts"
         yield (at,), f"top_k {top_k} is more than the {experts} experts"
+    yield from layer_faults(raw)
+
+
+def layer_faults(raw: dict[str, Any]) -> Iterator[CrossFault]:
+    """Yield what is wrong with a list of `layers`."""
     layers = raw.get("layers")
     if isinstance(layers, list):
         if not layers:
@@ -64,6 +75,24 @@ def routed_layer_faults(raw: dict[str, Any]) -> Iterator[CrossFault]:
         for i, layer in enumerate(layers):
             if layer in layers[:i]:
                 yield ("layers", i), f"layer {layer} is named twice"
+
+
+def _modality_faults(raw: dict[str, Any]) -> Iterator[CrossFault]:
+    """Yield what does not go with experts by modality."""
+    wanted = (
+        ("experts", 4, 2),
+        ("top_k", 2, 1),
+        ("granularity", 1, 1),
+        ("aux_loss_coef", 0.01, 0),
+        ("z_loss_coef", 0, 0),
+    )
+    for option, default, only in wanted:
+        if number(raw.get(option, default)) not in (only, None):
+            at = (option,) if option in raw else ("router", "scoring")
+            yield (
+                at,
+                f"one expert for text and one for visual tokens, and nothing to learn or balance: set {option}: {only}",
+            )
 
 
 class Upcycle(Strict):
@@ -118,6 +147,8 @@ class Upcycle(Strict):
             yield ("experts_from",), f"names {len(sources)} models for {experts:g} experts; give one an expert"
         if isinstance(sources, list) and sources and number(raw.get("granularity", 1)) not in (1, None):
             yield ("granularity",), "'experts_from' gives whole FFNs: leave granularity at 1"
+        if view(raw.get("router")).get("scoring") == "modality":
+            yield from _modality_faults(raw)
         if raw.get("aux_loss_count") == "first" and number(raw.get("granularity", 1)) not in (1, None):
             yield (
                 ("aux_loss_count",),

@@ -92,6 +92,8 @@ def _unsupported(spec: Upcycle) -> list[tuple[tuple[str, ...], str]]:
     found: list[tuple[tuple[str, ...], str]] = []
     if spec.shared_expert != "none":
         found.append((("shared_expert",), "expert parallelism knows no shared expert: set shared_expert: none"))
+    if spec.router.scoring == "modality":
+        found.append((("router", "scoring"), "expert parallelism needs a learned router: take another scoring"))
     if spec.router.bias_update_rate:
         found.append((("router", "bias_update_rate"), "expert parallelism knows no balance bias: set it to 0"))
     for option in ("capacity_factor", "eval_capacity_factor"):

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sparsevlm.adapters.logical import logical_shape
 from sparsevlm.adapters.names import is_adapter_parameter, routed_adapter
 from sparsevlm.recipe.schema import Recipe, Stage
-from sparsevlm.surgery import in_fusion
+from sparsevlm.surgery import FUSION_MODULES, TEXT_TWIN, in_fusion
 from sparsevlm.train.parts import numel
 from sparsevlm.train.quantised_memory import quantised_memory
 from sparsevlm.train.sharding import deepspeed_config, uses_deepspeed
@@ -28,6 +28,7 @@ from sparsevlm.vision.frames import encoding
 from sparsevlm.vision.native import encode_native, patch_side
 from sparsevlm.vision.tokens import ItemShape
 
+CROSS_ATTENTION = FUSION_MODULES[0]
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -41,7 +42,8 @@ class Matrix:
         outputs: Width after it.
         uses: Matrices of this kind that one token meets: 1, or top_k for stacked experts.
         trainable: It trains in this stage.
-        meets: Tokens of a row that it is multiplied with: all, or the visual ones.
+        meets: Tokens that it is multiplied with: `all` of a row, its `text` or its `visual` tokens, where they have
+            weights of their own, or the visual tokens `beside` the row.
         looks: It makes queries that look at the visual tokens of the row.
     """
 
@@ -50,7 +52,7 @@ class Matrix:
     outputs: int
     uses: int
     trainable: bool
-    meets: Literal["all", "visual"] = "all"
+    meets: Literal["all", "text", "visual", "beside"] = "all"
     looks: bool = False
 
     @property
@@ -137,7 +139,7 @@ def matrices(model: Any) -> tuple[list[Matrix], list[Matrix]]:
                 inputs, outputs = (width, rank) if ".mole_A." in path else (rank, width)
                 language.append(Matrix(int(found[1]) if found else None, inputs, outputs, 1, weight.requires_grad))
                 continue
-            if in_fusion(path):  # a block stands before its layer
+            if in_fusion(path) and CROSS_ATTENTION in path:  # a block stands before its layer
                 first = next((i for i, matrix in enumerate(language) if matrix.index == index), len(language))
                 language.insert(first + before.get(index, 0), _fusion_matrix(index, path, weight))
                 before[index] = before.get(index, 0) + 1
@@ -149,6 +151,7 @@ def matrices(model: Any) -> tuple[list[Matrix], list[Matrix]]:
                 outputs=logical_shape(weight)[-2],
                 uses=top_k if stacked else 1,
                 trainable=weight.requires_grad,
+                meets="visual" if in_fusion(path) else "text" if TEXT_TWIN in path.split(".") else "all",
             )
             (connector if path.startswith("model.connector.") else language).append(matrix)
     head = model.get_output_embeddings().weight  # by the module, since a tied head is no parameter of its own
@@ -159,7 +162,7 @@ def matrices(model: Any) -> tuple[list[Matrix], list[Matrix]]:
 def _fusion_matrix(index: int | None, path: str, weight: Any) -> Matrix:
     """Return what a token meets of a weight of a cross-attention block: keys and values are of visual tokens."""
     outputs, inputs = logical_shape(weight)
-    meets = "visual" if ".to_kv." in path else "all"
+    meets = "beside" if ".to_kv." in path else "all"
     return Matrix(
         index,
         inputs,
@@ -257,11 +260,13 @@ def flops_per_step(model: Any, tower: Tower, stage: Stage, shape: Shape) -> int:
     trains_below = trains_below or model.get_input_embeddings().weight.requires_grad
     layer = None
     visual = shape.block_tokens[-1]
+    inside = shape.rows * min(visual, shape.row_tokens)
+    met = {"all": tokens, "text": tokens - inside, "visual": inside, "beside": shape.rows * visual}
     media_train = any(matrix.trainable for matrix in connector) or bool(trained)
     for matrix in language:
         repeated = again * (matrix.index is not None)
-        met, below = (tokens, trains_below) if matrix.meets == "all" else (shape.rows * visual, media_train)
-        total += (1 + repeated + below + matrix.trainable) * matrix.flops * met
+        below = media_train if matrix.meets == "beside" else trains_below
+        total += (1 + repeated + below + matrix.trainable) * matrix.flops * met[matrix.meets]
         trains_below = trains_below or below or matrix.trainable
         if matrix.looks:  # two products of queries and visual tokens
             total += (1 + again + 2 * trains_below) * 4 * tokens * visual * matrix.outputs
@@ -325,11 +330,11 @@ def memory_per_rank(
     connector, language = matrices(model)
     tokens = shape.rows_per_rank * shape.row_tokens
     numbers = tokens * _layer_activations(
-        (matrix for matrix in language if matrix.meets == "all"),
+        (matrix for matrix in language if matrix.meets in ("all", "text")),  # twins are of one size
         stage.gradient_checkpointing,
         model.config.text_config.hidden_size,
     )
-    beside = (matrix for matrix in language if matrix.meets == "visual")
+    beside = (matrix for matrix in language if matrix.meets == "beside")
     numbers += (
         shape.rows_per_rank * shape.block_tokens[-1] * _layer_activations(beside, stage.gradient_checkpointing, 0)
     )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsevlm.adapters.logical import logical_shape
 from sparsevlm.adapters.names import is_adapter_parameter, routed_adapter, without_wrappers
-from sparsevlm.surgery import in_fusion
+from sparsevlm.surgery import FUSION_MODULES, in_fusion
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,6 +48,7 @@ _EXPERTS = re.compile(r"\.(experts|shared_experts?)\.")
 _ROUTER = re.compile(r"\.(gate|router|shared_expert_gate|coefficient)\.")
 _FFN = re.compile(r"\.(mlp|feed_forward|ffn)\.")
 _LORA_B = re.compile(r"\.lora_(embedding_)?B\.")
+TWIN = FUSION_MODULES[1]
 _LAYER = re.compile(r"\.\d+\.")
 _INPUT_EMBEDDING = re.compile(r"(pos|position|class|cls|mask|register|type)\w*(embed|token)")
 
@@ -296,8 +297,8 @@ def count_parameters(model: nn.Module) -> dict[str, Any]:
     """Count parameters, also on the meta device.
 
     `activated` are those that one token uses: of a layer's E stacked experts, or LoRA experts, only top_k count, the
-    router counts whole. `language_model` counts the language model with its embedding and head, as the papers do
-    (MoE-LLaVA, table 2).
+    router counts whole; of a visual expert and its twin one. `language_model` counts the language model with its
+    embedding and head, as the papers do (MoE-LLaVA, table 2).
 
     Returns:
         ``{"total", "trainable", "activated", "language_model": {"total", "activated"}}``. Tied weights count once.
@@ -320,6 +321,8 @@ def count_parameters(model: nn.Module) -> dict[str, Any]:
             if not isinstance(top_k, int):
                 raise ValueError(f"{name} holds {experts} experts, but text_config has no num_experts_per_tok")
             active = number // experts * top_k
+        elif TWIN in name.split("."):  # a token uses either it or the language model's own, which is counted
+            active = 0
         counts["total"] += number
         counts["activated"] += active
         counts["trainable"] += number if parameter.requires_grad else 0

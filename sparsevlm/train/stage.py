@@ -181,11 +181,14 @@ def run_stage(
 def _shown_routers(model: Any) -> dict[str, Any]:
     """Return whose balance the progress line shows: that of the adapter's routers, where it has some."""
     from sparsevlm.moe.groups import router_groups
+    from sparsevlm.moe.modality import goes_by_modality
 
     groups = router_groups(model)
     if not groups:
         return {}
     group, settings = list(groups.items())[-1]
+    if goes_by_modality(settings):  # there is nothing to balance
+        return {"group": ""}
     return {"group": group, "collapsed": settings["num_experts_per_tok"] / settings["num_experts"]}
 
 

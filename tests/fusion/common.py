@@ -22,7 +22,11 @@ def build(fusion: dict[str, Any] | None, seed: int = 0, layers: int = 4, **confi
     made = SparseVLMConfig(
         vision_config=tiny.vision_config(),
         text_config=tiny.text_config(config.pop("kind", "llama"), num_hidden_layers=layers),
-        connector=[{"type": "pixel_shuffle", "factor": 2}, {"type": "mlp", "dim": 24 if apart else 32}],
+        connector=[
+            {"type": "pixel_shuffle", "factor": 2},
+            {"type": "mlp", "dim": 24 if apart else 32},
+            *config.pop("blocks", []),
+        ],
         image_token_id=IMAGE,
         video_token_id=VIDEO,
         fusion=fusion,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from pydantic import ValidationError
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparsevlm.adapters.attach import attach
+from sparsevlm.adapters.attach import attach, detach
 from sparsevlm.adapters.targets import resolve_targets
 from sparsevlm.export.families import NoHomeError
 from sparsevlm.export.native import place
@@ -29,7 +30,10 @@ from tests.train.planned import recipe_of
 from tests.train.runs import write_data
 
 CROSS: dict[str, Any] = {"type": "gated_cross_attention", "every": 2, "heads": 2, "head_dim": 8}
-FUSIONS = {"cross": CROSS}
+EXPERT: dict[str, Any] = {"type": "visual_expert"}
+FUSIONS = {"cross": CROSS, "expert": EXPERT}
+PARTED = ("_gate", "visual_expert")
+"""Names of what computes nothing new at the start."""
 DOCUMENTS = [[2, 11, 6, 12, 13, 6, 14, 15], [2, 16, 17, 18], [6, 19, 20, 21, 22]]
 
 
@@ -53,6 +57,8 @@ def logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
 def test_fusion_is_a_part_of_its_own(fusion: dict[str, Any]) -> None:
     model = build(fusion)
     plain = {name for name, _ in build(None).named_parameters()}
+    renamed = {name.replace(".text_expert", "") for name, _ in model.named_parameters()}
+    assert plain < renamed
     ours = [name for name, _ in model.named_parameters() if parts_of(name) == ("fusion",)]
     assert ours and not plain & set(ours)
     select_trainable(model, ["connector", "fusion"])
@@ -68,7 +74,8 @@ def test_lora_finds_its_layers(fusion: dict[str, Any]) -> None:
     added = resolve_targets(model, ["fusion"]).modules
     assert len(language) == 4 * 7 and added and not set(language) & set(added)
     batch = batch_for(fusion)
-    disturb(model, "_gate")
+    for name in PARTED:
+        disturb(model, name, 0.1)
     before = logits(model, batch)
     attach(model, Lora(type="lora", targets=["language", "fusion"]))
     assert torch.equal(logits(model, batch), before)
@@ -78,6 +85,22 @@ def test_lora_finds_its_layers(fusion: dict[str, Any]) -> None:
     select_trainable(model.train(), ["adapter"])
     model(**batch, labels=batch["input_ids"]).loss.backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if "lora_" in name)
+
+
+def test_lora_on_a_layer_of_a_name_is_on_its_twin_too() -> None:
+    model, batch = build(EXPERT), batch_for(EXPERT)
+    twins = {
+        f"model.language_model.layers.{i}.self_attn.q_proj.{t}_expert" for i in range(4) for t in ("text", "visual")
+    }
+    named = resolve_targets(model, ["language_model.*.q_proj"]).modules
+    assert set(named) == twins and twins < set(resolve_targets(model, ["q_proj"]).modules)
+    assert len(resolve_targets(model, ["*.visual_expert", "gate_proj"]).modules) == 4 * 4 + 4 * 2
+    disturb(model, "visual_expert", 0.1)
+    attach(model, Lora(type="lora", targets=["q_proj", "down_proj"]))
+    disturb(model, "lora_B", 0.1)
+    adapted = logits(model, batch)
+    detach(model, merge=True)
+    torch.testing.assert_close(logits(model, batch), adapted, atol=1e-5, rtol=1e-4)
 
 
 def test_native_export_refuses_with_the_reason(fusion: dict[str, Any]) -> None:
@@ -124,6 +147,52 @@ def test_flops_are_those_that_torch_counts(tiny_parts: dict[str, str]) -> None:
     assert estimate + masked - head == counter.get_total_flops()
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_visual_expert_costs_memory_and_no_arithmetic(tiny_parts: dict[str, str], sparse: bool) -> None:
+    """With everything trained, a step costs what it does without twins: a token passes one of the two."""
+    plain = recipe_of(tiny_parts, model={"connector": [{"type": "mlp"}], "vision": {"layer": -1}})
+    ours = recipe_of(tiny_parts, model=section({**EXPERT, "ffn": not sparse}))
+    documents = []
+    for recipe in (plain, ours):
+        changes: dict[str, Any] = {"trains": ["connector", "language"]}
+        if recipe is ours:
+            changes["trains"] = ["connector", "language", "fusion"]
+            if sparse:
+                moe = {"layers": "all", "experts": 2, "top_k": 1, "aux_loss_coef": 0, "router": {"scoring": "modality"}}
+                changes["upcycle"] = Upcycle.model_validate(moe)
+        recipe.stages = {"s": recipe.stages["align"].model_copy(update=changes)}
+        documents.append(plan(recipe, ["32x32"])["stages"][0])
+    before, after = documents
+    assert after["flops_per_step"] == before["flops_per_step"]
+    if not sparse:  # a stack of gate and up is one matrix there, whose input counts once
+        assert after["memory"]["activations"] == before["memory"]["activations"]
+    d, inner, layers = 32, 48, 2
+    twins = layers * (2 * d * d + 2 * d * d // 2 + 3 * d * inner)  # q and o, k and v of half the heads, the FFN
+    first, second = before["parameters"], after["parameters"]
+    assert second["total"] - first["total"] == second["trainable"] - first["trainable"] == twins
+    assert second["activated"] == first["activated"]
+    assert after["memory"]["weights"] - before["memory"]["weights"] == 4 * twins
+    assert after["memory"]["optimizer"] - before["memory"]["optimizer"] == 8 * twins
+
+
+def test_flops_of_twins_are_those_that_torch_counts(tiny_parts: dict[str, str]) -> None:
+    recipe = recipe_of(tiny_parts, model=section(EXPERT))
+    recipe.stages = {"s": recipe.stages["align"].model_copy(update={"trains": ["connector", "fusion"]})}
+    model: Any = build_model(recipe.model)[0].train()
+    select_trainable(model, ["connector", "fusion"])
+    model.set_attn_implementation("eager")
+    rows, length, width, layers, visual = 4, 64, 32, 2, 16
+    ids = torch.full((rows, length), 10)
+    ids[:, :visual] = model.config.image_token_id
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model(input_ids=ids, labels=ids.clone(), **pictures(rows), use_cache=False).loss.backward()
+    estimate = plan(recipe, ["32x32"])["stages"][0]["flops_per_step"]
+    masked = 3 * 2 * rows * length * length * width * layers
+    heads = 2 * 2 * rows * width * model.lm_head.weight.shape[0]
+    # the last position has no target, and those of pictures have no label here
+    assert estimate + masked - heads == counter.get_total_flops()
+
+
 def test_a_recipe_trains_saves_and_reloads(fusion: dict[str, Any], tiny_parts: dict[str, str], tmp_path: Path) -> None:
     recipe: Recipe = recipe_of(tiny_parts, model=section(fusion))
     raw = recipe.model_dump(mode="json", exclude_unset=True)
@@ -146,11 +215,15 @@ def test_a_recipe_trains_saves_and_reloads(fusion: dict[str, Any], tiny_parts: d
     start: Any = build_model(recipe.model)[0]
     model, _ = load_model(tmp_path / "run" / "fuse")
     assert model.config.fusion is not None
-    frozen = {name: p for name, p in start.named_parameters() if parts_of(name)[0] not in ("connector", "fusion")}
+    frozen = {name: p for name, p in start.named_parameters() if not {"connector", "fusion"} & set(parts_of(name))}
     now = dict(model.named_parameters())
-    assert all(torch.equal(now[name], p) for name, p in frozen.items())
-    gates = [p for name, p in now.items() if name.endswith("_gate")]
-    assert all(bool(p.any()) for p in gates)
+    assert not [name for name, p in frozen.items() if not torch.equal(now[name], p)]
+    begun = dict(start.named_parameters())
+    ours = {name for name in now if parts_of(name)[0] == "fusion" and any(part in name for part in PARTED)}
+    # Visual tokens have no targets: of the last layer, text sees their keys and values alone.
+    last = re.compile(r"layers\.1\.(mlp|self_attn\.[qo]_proj)\.visual_expert")
+    ours = {name for name in ours if not last.search(name)}
+    assert ours and not any(torch.equal(now[name], begun[name]) for name in ours)
 
 
 def faults(tiny_parts: dict[str, str], **changes: Any) -> list[str]:

@@ -41,7 +41,7 @@ class LoraExperts(Strict):
     """Multiply by `alpha / sqrt(r)` instead (rsLoRA, arXiv:2312.03732)."""
     router: Router = Router()
     """How tokens choose experts, as in `upcycle`. Whatever is chosen, the start computes what the parent does; `kmeans`
-    is not offered."""
+    and `modality` are not offered."""
     aux_loss_coef: float = Field(default=0.01, ge=0)
     """Weight of the load-balancing loss."""
     aux_loss_reduction: Literal["mean", "sum"] = "mean"
@@ -59,3 +59,8 @@ class LoraExperts(Strict):
         yield from routed_layer_faults(raw)
         if view(raw.get("router")).get("init") == "kmeans":
             yield ("router", "init"), "'kmeans' is for upcycled experts; LoRA experts start with 'normal' or 'zero'"
+        if view(raw.get("router")).get("scoring") == "modality":
+            yield (
+                ("router", "scoring"),
+                "'modality' is for upcycled experts; see `partial_lora` for visual tokens alone",
+            )
