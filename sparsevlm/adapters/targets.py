@@ -18,7 +18,6 @@ from transformers.pytorch_utils import Conv1D
 from sparsevlm.moe.block import SparseMoeBlock
 from sparsevlm.registry import suggest
 from sparsevlm.surgery import FUSION_MODULES, TEXT_TWIN, decoder_layers, in_fusion
-from sparsevlm.vision.side_by_side import each_tower
 
 PARTS: tuple[str, ...] = (
     "language", "language.attention", "language.ffn", "vision", "vision.attention", "vision.ffn", "connector",
@@ -163,6 +162,8 @@ class _Tower(NamedTuple):
 
 def _towers(model: Any, names: dict[int, str]) -> list[_Tower]:
     """Return the tower, or those that stand side by side."""
+    from sparsevlm.vision.side_by_side import each_tower  # a model of transformers: brings in all that is registered
+
     found = []
     for tower, chosen in each_tower(model.model.vision_tower, model.config.vision_feature_layer):
         prefix = f"{names[id(tower)]}."
