@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from sparsevlm.fusion.cross_attention import GatedCrossAttention
 from sparsevlm.fusion.media import SEEN, see_media
 from sparsevlm.model.build import build_model, load_model
 from sparsevlm.model.modeling_sparsevlm import SparseVLMForConditionalGeneration
+from sparsevlm.recipe.load import load_recipe
 from sparsevlm.recompute import setting
+from sparsevlm.train.plan import plan
 from sparsevlm.vision.tokens import Grid, MediaKind, VisualTokens
 from tests import tiny
 from tests.fusion.common import IMAGE, build, disturb, packed, padded, pictures
@@ -300,3 +303,19 @@ def test_published_size(dim: int, parameters: int) -> None:
     with torch.device("meta"):
         block = GatedCrossAttention(dim, 1024, index=0)
     assert sum(p.numel() for p in block.parameters()) == parameters
+
+
+def test_published_recipe() -> None:
+    """Blocks, resampler and tokens of OpenFlamingo-9B."""
+    recipe = load_recipe(Path(__file__).parents[2] / "recipes/flamingo/9b.yaml")
+    document = plan(recipe, ["224x224", "640x480", "8f@320x240"])
+    (stage,) = document["stages"]
+    assert set(stage["visual_tokens"].values()) == {1}
+    assert "224x224: 64, 640x480: 64, 8f@320x240: 64" in " ".join(document["notes"])
+    embeddings = 8 * 1024  # of time, which OpenFlamingo's resampler has no use for
+    assert stage["parameters"]["trainable"] == 1_115_815_952 + 63_019_008 + embeddings
+    assert set(stage["lr"]) == {"connector", "fusion"}
+    batch, weights = recipe.stages["pretrain"].batch, recipe.stages["pretrain"].data
+    assert isinstance(weights, dict)
+    drawn = {name: batch.rows * weight / sum(weights.values()) for name, weight in weights.items()}
+    assert (drawn["documents"], drawn["pairs"]) == (8 * 32, 8 * 64)

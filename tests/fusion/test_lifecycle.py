@@ -155,7 +155,8 @@ def test_upcycled_on_disk_is_upcycled_in_memory(run: Path, tmp_path: Path) -> No
 def test_chat_keeps_pictures_of_earlier_turns(run: Path, tmp_path: Path) -> None:
     tiny.picture("red").save(tmp_path / "red.png")
     tiny.picture("blue").save(tmp_path / "blue.png")
-    model, processor = load_model(run / "fuse")
+    loaded, processor = load_model(run / "fuse")
+    model: Any = loaded
     chat = Chat(model.eval(), processor, ChatOptions(max_new_tokens=4))
     replies = []
     for color in ("red", "blue"):

@@ -72,6 +72,10 @@ BLOCKS: dict[str, Callable[[Options, str], Options]] = {
 """Block type -> what changes, from all its options and the directory of a tiny tokenizer."""
 
 
+FUSIONS: dict[str, Options] = {"gated_cross_attention": {"every": 1, "heads": 2, "head_dim": 8, "ff_mult": 2}}
+"""Type of a fusion -> options that make it small."""
+
+
 def shrink_block(block: Options, language: str) -> Options:
     """Return a connector block as small as its rule makes it."""
     rule = BLOCKS.get(block["type"])
@@ -127,6 +131,8 @@ def shrink(recipe: Recipe, parts: dict[str, str], records: Path) -> dict[str, An
     model["language"] = model["language"] | {"path": parts["language"]}
     if "connector" in model:
         model["connector"] = [shrink_block(block, parts["language"]) for block in model["connector"]]
+    if "fusion" in model:
+        model["fusion"] = model["fusion"] | FUSIONS[model["fusion"]["type"]]
     counts = ("min_frames", "max_tokens")
     model["video"] = {k: v for k, v in model.get("video", {}).items() if k not in counts} | {
         "fps": None,
