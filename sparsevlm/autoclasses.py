@@ -32,6 +32,10 @@ _REGISTERED_BY = {
     "transformers.models.blip_2.modeling_blip_2": ("sparsevlm.vision.eva",),
     "transformers.models.instructblip.configuration_instructblip": ("sparsevlm.vision.eva",),
     "transformers.models.instructblip.modeling_instructblip": ("sparsevlm.vision.eva",),
+    "transformers.models.qwen2_vl.configuration_qwen2_vl": ("sparsevlm.vision.qwen_towers",),
+    "transformers.models.qwen2_vl.modeling_qwen2_vl": ("sparsevlm.vision.qwen_towers",),
+    "transformers.models.qwen2_5_vl.configuration_qwen2_5_vl": ("sparsevlm.vision.qwen_towers",),
+    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl": ("sparsevlm.vision.qwen_towers",),
     "transformers.models.auto.processing_auto": ("sparsevlm.model.processing_sparsevlm",),
     "peft": ("sparsevlm.adapters.methods",),
 }

@@ -14,7 +14,7 @@ from sparsevlm.model.configuration_sparsevlm import SparseVLMConfig
 from sparsevlm.recipe import schema
 from sparsevlm.recipe.model import BesideTower, Vision
 from sparsevlm.vision.encoder import Select, default_image_size, num_prefix_tokens, vision_subconfig
-from sparsevlm.vision.native import check_native, make_native
+from sparsevlm.vision.native import check_native, make_native, rule_faults
 from sparsevlm.vision.preprocess import ImageSpec, image_spec_from_config
 from sparsevlm.vision.raw_config import RawPatchesConfig
 from sparsevlm.vision.side_by_side import SideBySideModel, side_by_side
@@ -75,6 +75,8 @@ def tower_config(model: schema.Model, offline_shapes: bool = False) -> tuple[Pre
     vision = vision_subconfig(part_config(first.path, model.trust_remote_code, offline_shapes))
     if first.native is not None:
         check_native(vision)
+        for name, reason in rule_faults(first.native, vision):
+            raise ValueError(f"model.vision.native.{name}: {reason}")
         return vision, first.layer, "patch"
     if not first.beside:
         if first.select == "auto":

@@ -64,7 +64,7 @@ class Vision(Strict):
     resize: Literal["stretch", "crop", "pad", "native"] = "pad"
     """`stretch` ignores the aspect ratio, `crop` resizes the short side and cuts the centre, `pad` resizes the long
     side and fills to a square with the mean colour. `native` gives the tower pictures in their own shape, in the sides
-    that `native` says: SigLIP, SigLIP 2, CLIP, DINOv2, ViT or `sparsevlm:patches`."""
+    that `native` says: SigLIP, SigLIP 2, CLIP, DINOv2, ViT, Qwen2-VL, Qwen2.5-VL or `sparsevlm:patches`."""
     native: Native | None = None
     """Sides for `resize: native`."""
     beside: list[BesideTower] = []

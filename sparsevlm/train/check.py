@@ -23,14 +23,13 @@ from sparsevlm.model.parts import part_config, resolve_part
 from sparsevlm.model.positions import rope_fault
 from sparsevlm.moe.upcycle import upcycle_model
 from sparsevlm.recipe.load import Fault, RecipeError, option_fault
-from sparsevlm.recipe.native import rules_of
 from sparsevlm.recipe.schema import Recipe, Stage
 from sparsevlm.recipe.section import OptionPath
 from sparsevlm.train.flops import Shape
 from sparsevlm.train.media import Medium, items_of, keeps_apart, parse_medium, visual_tokens
 from sparsevlm.train.parts import select_trainable
 from sparsevlm.vision.encoder import default_image_size, feature_dim, output_grid, vision_subconfig
-from sparsevlm.vision.native import check_native, native_dim, native_side, patch_side
+from sparsevlm.vision.native import check_native, native_dim, native_side, patch_side, rule_faults
 from sparsevlm.vision.preprocess import ImageSpec, tower_items
 from sparsevlm.vision.tokens import MediaKind
 
@@ -133,13 +132,8 @@ class ModelCheck:
             native_dim(vision, options.layer)
         except ValueError as error:
             self.fault((*at, "layer"), error)
-        patch = patch_side(vision)
-        for name, rule in rules_of(options.native):
-            if rule["multiple"] % patch:
-                self.fault(
-                    (*at, "native", name, "multiple"),
-                    f"sides that are multiples of {rule['multiple']} pixels do not hold whole patches of {patch}",
-                )
+        for name, reason in rule_faults(options.native, vision):
+            self.fault((*at, "native", name, "multiple"), reason)
 
     def _vocabulary(self) -> int:
         """Check the chat template and return the tokens that the tokenizer will have; 0 where none can be read."""

@@ -7,41 +7,32 @@ through transformers' attention interface and keeps frames apart. What a pass ho
 The rules are OryxViT's (Liu et al., arXiv:2409.12961; `oryx/model/multimodal_encoder/oryx_vit.py`): the position grid
 resampled to each picture's patch grid, block-diagonal attention, all else token by token.
 
+Qwen's towers, which take pictures of any shape by themselves, are in `vision.qwen`.
+
 Legend: P patches of all items, p side of a patch, F frames, n tokens a frame (its prefix tokens and patches), N all
 tokens, D width, G side of the trained position grid, h heads, d head width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextvars import ContextVar
+from collections.abc import Iterator, Sequence
 from functools import cache
-from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsevlm.recompute import carried, carry_to_recomputation, setting
+from sparsevlm.recipe.native import rules_of
+from sparsevlm.recompute import carry_to_recomputation, setting
 from sparsevlm.vision.encoder import as_layers, build_tower, default_image_size, plain_modules
+from sparsevlm.vision.packed import ATTENTION, RUNNING, Pass
+from sparsevlm.vision.qwen import QWEN, make_packed
+from sparsevlm.vision.qwen import encode as encode_qwen
 from sparsevlm.vision.tokens import Grid
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-ATTENTION = "packed_frames"
-"""Name under which transformers knows the attention."""
-
-
-class _Pass(NamedTuple):
-    """What goes through the tower: patch grids of the items, and the tokens of each frame."""
-
-    grids: tuple[Grid, ...]
-    lengths: tuple[int, ...]
-
-
-_PASS: ContextVar[_Pass | None] = carried("sparsevlm_native_pass")
 
 
 class _Own(NamedTuple):
@@ -61,7 +52,7 @@ class _PackedEmbeddings:
 
     def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return ``(1, N, D)`` for patches ``(P, 3 * p * p)``; outside a native pass what the class returns."""
-        running = _PASS.get()
+        running = RUNNING.get()
         if running is None:
             return super().forward(pixel_values, *args, **kwargs)  # type: ignore[misc]
         patches = self.embed(pixel_values)  # (P, D)
@@ -158,12 +149,23 @@ def check_native(vision_config: PreTrainedConfig) -> None:
         ValueError: It is none of the known ones.
     """
     kind = vision_config.model_type
-    if kind not in _KINDS and kind != RAW:
+    if kind not in (*_KINDS, *QWEN, RAW):
         raise ValueError(
             f"vision tower {kind!r} cannot take pictures at native resolution; those that can are "
-            f"{', '.join([*_KINDS, 'sparsevlm:patches'])}. Take one of them, or set model.vision.resize to stretch, "
-            "crop or pad"
+            f"{', '.join([*_KINDS, *QWEN, 'sparsevlm:patches'])}. Take one of them, or set model.vision.resize to "
+            "stretch, crop or pad"
         )
+
+
+def rule_faults(native: Any, vision_config: PreTrainedConfig) -> Iterator[tuple[str, str]]:
+    """Yield the rules whose sides the tower cannot take, each with the reason."""
+    patch, unit = patch_side(vision_config), side_unit(vision_config)
+    for name, rule in rules_of(native):
+        if rule["multiple"] % unit:
+            what = (
+                f"whole patches of {patch}" if unit == patch else f"whole squares of {unit // patch} patches of {patch}"
+            )
+            yield name, f"sides that are multiples of {rule['multiple']} pixels do not hold {what}"
 
 
 def make_native(tower: Any, positions: str = "own") -> None:
@@ -178,6 +180,9 @@ def make_native(tower: Any, positions: str = "own") -> None:
     """
     check_native(tower.config)
     if tower.config.model_type == RAW:
+        return
+    if tower.config.model_type in QWEN:
+        make_packed(tower)
         return
     embeddings = tower.embeddings
     if not isinstance(embeddings, _PackedEmbeddings):
@@ -217,25 +222,34 @@ def encode_native(tower: Any, patches: Tensor, grids: Sequence[Grid], layer: int
     if torch.is_grad_enabled():
         carry_to_recomputation(tower, "which patches belong together", "freeze the tower")
     layers = as_layers(layer)
+    if tower.config.model_type in QWEN:
+        return _chosen(tower, encode_qwen(tower, patches, grids, layers), layers)
     prefix = num_prefix(tower)
     lengths = tuple(prefix + grid.h * grid.w for grid in grids for _ in range(grid.t))
     options: dict[str, Any] = {"output_hidden_states": list(layers), "return_dict": True}
     if tower.config.model_type == "siglip2_vision_model":
         options |= {"pixel_attention_mask": None, "spatial_shapes": None}
-    with setting(_PASS, _Pass(tuple(grids), lengths)):
-        states = tower(patches.to(tower.dtype), **options).hidden_states
+    with setting(RUNNING, Pass(tuple(grids), lengths)):
+        states = [
+            None if state is None else state[0] for state in tower(patches.to(tower.dtype), **options).hidden_states
+        ]
+    features = _chosen(tower, states, layers)  # (N, D)
+    if prefix:
+        pieces = features.split([size for length in lengths for size in (prefix, length - prefix)])
+        features = torch.cat(pieces[1::2])
+    return features
+
+
+def _chosen(tower: Any, states: Sequence[Tensor | None], layers: Sequence[int]) -> Tensor:
+    """Return the hidden states of some layers side by side, ``(N, D)``."""
     wrong = [i for i in layers if not -len(states) <= i < len(states)]
     if wrong:
         raise ValueError(
             f"vision layer {wrong}: {type(tower).__name__} has {len(states)} hidden states "
             f"(0 to {len(states) - 1}, or {-len(states)} to -1)"
         )
-    chosen = [states[i][0] for i in layers]  # (N, D) each
-    features = chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=-1)
-    if prefix:
-        pieces = features.split([size for length in lengths for size in (prefix, length - prefix)])
-        features = torch.cat(pieces[1::2])
-    return features
+    chosen: list[Any] = [states[i] for i in layers]
+    return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=-1)
 
 
 def num_prefix(tower: Any) -> int:
@@ -265,8 +279,10 @@ def native_dim(vision_config: PreTrainedConfig, layer: int | Sequence[int] = -1)
         with plain_modules(), torch.device("meta"), meta_device_safe_creation_ops(), torch.no_grad():
             tower = build_tower(vision_config).eval()
             make_native(tower)
-            patches = torch.zeros(1, 3 * patch_side(vision_config) ** 2)
-            _DIMS[key] = encode_native(tower, patches, [Grid(1, 1, 1)], layers).shape[1]
+        patch, least = patch_side(vision_config), side_unit(vision_config) // patch_side(vision_config)
+        patches = torch.zeros(least**2, 3 * patch**2, device="meta")
+        with torch.no_grad():
+            _DIMS[key] = encode_native(tower, patches, [Grid(1, least, least)], layers).shape[1]
     return _DIMS[key]
 
 
@@ -283,87 +299,16 @@ def patch_side(vision_config: PreTrainedConfig) -> int:
     return sides.pop()
 
 
+def side_unit(vision_config: PreTrainedConfig) -> int:
+    """Return what sides of pictures must be multiples of, in pixels: a patch, or a square of them."""
+    return patch_side(vision_config) * getattr(vision_config, "spatial_merge_size", 1)
+
+
 def native_side(vision_config: PreTrainedConfig) -> int:
-    """Return the side in pixels of the square that the tower's position grid is for."""
+    """Return the side in pixels of the square that the tower's position grid is for; of one that has none, any."""
+    if vision_config.model_type in QWEN:
+        return 16 * side_unit(vision_config)
     side = getattr(vision_config, "image_size", None)
     if side is None:  # NaFlex: a number of patches
         return round(vision_config.num_patches**0.5) * patch_side(vision_config)
     return default_image_size(vision_config)
-
-
-def register() -> None:
-    """Enter `packed_frames` with transformers' attention and mask interfaces; may be called more than once."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
-
-    AttentionInterface.register(ATTENTION, packed_frames_forward)
-    AttentionMaskInterface.register(ATTENTION, _mask)
-
-
-def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    from transformers.masking_utils import sdpa_mask
-
-    return None if _PASS.get() is not None else sdpa_mask(*args, **kwargs)
-
-
-def packed_frames_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attend within each frame of a native pass; outside of one exactly transformers' `sdpa`.
-
-    Frames of one length that follow each other (a video's) are attended in one call. On GPUs in 16 bits one kernel for
-    variable lengths does it all.
-
-    Args:
-        module: Attention layer.
-        query: ``(1, h, N, d)``.
-        key: As `query`.
-        value: As `query`.
-        attention_mask: None in a native pass.
-        scaling: Factor of the scores; default ``d ** -0.5``.
-        dropout: Of the attention weights.
-        **kwargs: As for transformers' `sdpa_attention_forward`.
-
-    Returns:
-        ``(1, N, h, d)`` and None.
-    """
-    running = _PASS.get()
-    if running is None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    if _has_kernel(query) and not dropout:
-        from torch.nn.attention.varlen import varlen_attn
-
-        ends = torch.tensor([0, *running.lengths], device=query.device).cumsum(0, dtype=torch.int32)
-        longest = max(running.lengths)
-        flat = [x[0].transpose(0, 1).contiguous() for x in (query, key, value)]  # (N, h, d) each
-        return varlen_attn(*flat, ends, ends, longest, longest, scale=scaling)[None], None  # type: ignore[index]
-    runs = [(length, len(list(group))) for length, group in groupby(running.lengths)]
-    sizes = [length * frames for length, frames in runs]
-    outputs = []
-    for (_, frames), *parts in zip(runs, *(x[0].split(sizes, 1) for x in (query, key, value)), strict=True):
-        q, k, v = (part.unflatten(1, (frames, -1)).transpose(0, 1) for part in parts)  # (frames, h, n, d) each
-        output = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
-        outputs.append(output.transpose(1, 2).flatten(0, 1))  # (frames * n, h, d)
-    return torch.cat(outputs)[None], None
-
-
-def _has_kernel(query: Tensor) -> bool:
-    """Tell whether torch's kernel for variable lengths takes these numbers."""
-    return (
-        query.is_cuda
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and query.shape[-1] % 8 == 0
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    )
-
-
-register()  # at import: a config that was set to this attention may come from another process
