@@ -115,7 +115,8 @@ def test_upcycled_beside_cross_attention(tmp_path: Path) -> None:
     before = logits(model, batch)
     upcycle_model(model, Upcycle(layers="all", experts=4, top_k=2))
     read = batch["attention_mask"].bool()  # padding is not routed
-    torch.testing.assert_close(logits(model, batch)[read], before[read], atol=1e-5, rtol=1e-4)
+    # float32: measured 1e-7 of values up to 0.5
+    torch.testing.assert_close(logits(model, batch)[read], before[read], atol=2e-6, rtol=0)
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
     assert torch.equal(logits(again, batch), logits(model, batch))
