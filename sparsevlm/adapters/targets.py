@@ -166,7 +166,6 @@ def _towers(model: Any, names: dict[int, str]) -> list[_Tower]:
 
     found = []
     # Not at import: it imports the Auto classes, whose import ends with that of our models, which import this.
-    from sparsevlm.vision.side_by_side import each_tower
 
     for tower, chosen in each_tower(model.model.vision_tower, model.config.vision_feature_layer):
         prefix = f"{names[id(tower)]}."

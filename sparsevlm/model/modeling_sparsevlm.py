@@ -49,7 +49,7 @@ def build_connector(config: SparseVLMConfig) -> nn.ModuleList:
     Raises:
         ValueError: The blocks do not end at the language model's width, though visual tokens go where text goes.
     """
-    specs, dims = _connector_widths(config)
+    specs, dims = connector_widths(config)
     text_dim = config.text_config.hidden_size
     if dims[-1] != text_dim and not media_apart(config.fusion):
         raise ValueError(
@@ -61,10 +61,10 @@ def build_connector(config: SparseVLMConfig) -> nn.ModuleList:
 
 def add_fusion(language_model: nn.Module, config: SparseVLMConfig) -> None:
     """Add to a decoder what the model's fusion needs, freshly initialised."""
-    install_fusion(language_model, config.text_config, config.fusion, _connector_widths(config)[1][-1])
+    install_fusion(language_model, config.text_config, config.fusion, connector_widths(config)[1][-1])
 
 
-def _connector_widths(config: SparseVLMConfig) -> tuple[list[BlockSpec], list[int]]:
+def connector_widths(config: SparseVLMConfig) -> tuple[list[BlockSpec], list[int]]:
     """Return the connector's blocks, and the widths before the first and after each."""
     specs = parse_connector(config.connector or [])
     width = feature_dim if config.vision_native is None else native_dim

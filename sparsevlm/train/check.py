@@ -333,19 +333,19 @@ class ModelCheck:
             option = "max_visual_tokens" if most and (apart or budget < batch.max_length) else "max_length"
             self.fault((*at, option), f"a picture alone takes {picture} tokens; no sample with one fits into {budget}")
         specs, items = parse_connector(self.recipe.model.connector), items_of(self.recipe, pictures, medium)
-        after = [connector_items(specs[: i + 1], items) for i in range(len(specs))]
-        steps = [sum(item.grid.num_tokens for item in each) for each in after]
+        visual = sum(item.grid.num_tokens for item in connector_items(specs, items))
         packing = packable if batch.packing == "auto" else batch.packing
         if packing and apart and not most:
             self.notes.append(
                 f"stages.{name}.batch: media stay beside the text, one token each, so a packed row may hold very many "
                 "of them; set max_visual_tokens"
             )
-        held = max(1, budget // steps[-1]) if packing else 1
+        held = max(1, budget // visual) if packing else 1
         return Shape(
             rows=batch.rows,
             rows_per_rank=batch.rows_per_rank,
             row_tokens=batch.max_length,
             row_frames=held * (1 if pictures.native else sum(item.grid.t for item in items)),
-            block_tokens=tuple(held * tokens for tokens in steps),
+            row_media=held,
+            row_visual=held * visual,
         )

@@ -20,6 +20,7 @@ from sparsevlm.adapters.logical import logical_shape
 from sparsevlm.adapters.names import is_adapter_parameter, routed_adapter
 from sparsevlm.recipe.schema import Recipe, Stage
 from sparsevlm.surgery import FUSION_MODULES, TEXT_TWIN, in_fusion
+from sparsevlm.train.connector_cost import BlockCost
 from sparsevlm.train.parts import numel
 from sparsevlm.train.quantised_memory import quantised_memory
 from sparsevlm.train.sharding import deepspeed_config, uses_deepspeed
@@ -37,7 +38,7 @@ class Matrix:
     """A weight matrix that a token is multiplied with.
 
     Attributes:
-        index: Connector block or decoder layer that it belongs to; None for the head.
+        index: Decoder layer that it belongs to; None for the head.
         inputs: Width before it.
         outputs: Width after it.
         uses: Matrices of this kind that one token meets: 1, or top_k for stacked experts.
@@ -90,23 +91,24 @@ class Shape:
         rows_per_rank: Rows that a rank holds at once.
         row_tokens: S.
         row_frames: Frames of a row; at native resolution its media.
-        block_tokens: Visual tokens of a row as they leave each connector block.
+        row_media: Media of a row.
+        row_visual: Visual tokens of a row, as they leave the connector.
     """
 
     rows: int
     rows_per_rank: int
     row_tokens: int
     row_frames: int
-    block_tokens: tuple[int, ...]
+    row_media: int
+    row_visual: int
 
 
-def matrices(model: Any) -> tuple[list[Matrix], list[Matrix]]:
-    """Return the matrices of connector and language model (head included, the embedding look-up not).
+def matrices(model: Any) -> list[Matrix]:
+    """Return the matrices of the language model (head included, the embedding look-up not).
 
     Args:
         model: A `SparseVLMForConditionalGeneration` with `requires_grad` as the stage sets it; the meta device will do.
     """
-    connector: list[Matrix] = []
     language: list[Matrix] = []
     before: dict[int | None, int] = {}
     top_k = getattr(model.config.text_config, "num_experts_per_tok", 1)
@@ -119,7 +121,7 @@ def matrices(model: Any) -> tuple[list[Matrix], list[Matrix]]:
             if (
                 "bias" in name
                 or weight.ndim not in (2, 3)
-                or path.startswith("model.vision_tower.")
+                or path.startswith(("model.vision_tower.", "model.connector."))
                 or path == "lm_head.weight"
             ):
                 continue
@@ -153,10 +155,10 @@ def matrices(model: Any) -> tuple[list[Matrix], list[Matrix]]:
                 trainable=weight.requires_grad,
                 meets="visual" if in_fusion(path) else "text" if TEXT_TWIN in path.split(".") else "all",
             )
-            (connector if path.startswith("model.connector.") else language).append(matrix)
+            language.append(matrix)
     head = model.get_output_embeddings().weight  # by the module, since a tied head is no parameter of its own
     language.append(Matrix(None, head.shape[1], head.shape[0], 1, head.requires_grad))
-    return connector, language
+    return language
 
 
 def _fusion_matrix(index: int | None, path: str, weight: Any) -> Matrix:
@@ -234,15 +236,14 @@ def _attention_flops(text_config: Any, tokens: int, row_tokens: int) -> int:
     return 2 * tokens * row_tokens * width
 
 
-def flops_per_step(model: Any, tower: Tower, stage: Stage, shape: Shape) -> int:
-    """Return the operations of one optimizer step over all ranks.
+def flops_per_step(model: Any, tower: Tower, connector: Sequence[BlockCost], stage: Stage, shape: Shape) -> int:
+    """Return the operations of one optimizer step over all ranks; `connector` is what one medium costs there.
 
     A matrix of m weights costs ``2 m`` a token in the forward pass, ``2 m`` for the gradient of its input where
     something before it trains, and ``2 m`` for its own gradient where it trains: ``6 m`` in full training, ``4 m`` in a
     frozen language model over a trained connector. Experts count top_k times. Attention costs ``2 T S d`` a layer
     forward and twice that backward. Gradient checkpointing repeats the forward pass of the layers.
     """
-    connector, language = matrices(model)
     again = int(stage.gradient_checkpointing)
     trained = [name for name, weight in model.model.vision_tower.named_parameters() if weight.requires_grad]
     trains_below = bool(trained)
@@ -250,20 +251,21 @@ def flops_per_step(model: Any, tower: Tower, stage: Stage, shape: Shape) -> int:
     passes = 1 + trains_below * (1 + again) + own
     total = passes * tower.flops * shape.rows * shape.row_frames
 
-    for matrix in connector:
-        passes = 1 + trains_below + matrix.trainable
-        total += passes * matrix.flops * shape.rows * shape.block_tokens[matrix.index or 0]
-        trains_below = trains_below or matrix.trainable
+    for block in connector:
+        for matrix in block.matrices:
+            total += (1 + trains_below + matrix.trainable) * matrix.flops * shape.rows * shape.row_media
+            trains_below = trains_below or matrix.trainable
+        total += (1 + 2 * trains_below) * block.products * shape.rows * shape.row_media
 
     tokens = shape.rows * shape.row_tokens
     attention = _attention_flops(model.config.text_config, tokens, shape.row_tokens)
     trains_below = trains_below or model.get_input_embeddings().weight.requires_grad
     layer = None
-    visual = shape.block_tokens[-1]
+    visual = shape.row_visual
     inside = shape.rows * min(visual, shape.row_tokens)
     met = {"all": tokens, "text": tokens - inside, "visual": inside, "beside": shape.rows * visual}
-    media_train = any(matrix.trainable for matrix in connector) or bool(trained)
-    for matrix in language:
+    media_train = any(matrix.trainable for block in connector for matrix in block.matrices) or bool(trained)
+    for matrix in matrices(model):
         repeated = again * (matrix.index is not None)
         below = media_train if matrix.meets == "beside" else trains_below
         total += (1 + repeated + below + matrix.trainable) * matrix.flops * met[matrix.meets]
@@ -277,7 +279,14 @@ def flops_per_step(model: Any, tower: Tower, stage: Stage, shape: Shape) -> int:
 
 
 def memory_per_rank(
-    model: Any, tower: Tower, recipe: Recipe, stage: Stage, shape: Shape, world: int = 1, expert_ranks: int = 1
+    model: Any,
+    tower: Tower,
+    connector: Sequence[BlockCost],
+    recipe: Recipe,
+    stage: Stage,
+    shape: Shape,
+    world: int = 1,
+    expert_ranks: int = 1,
 ) -> dict[str, int]:
     """Return the bytes that a rank needs on its device, by what they hold.
 
@@ -327,7 +336,7 @@ def memory_per_rank(
     if sharded and sharding.offload == "all":
         host, weights = host + weights, 0
 
-    connector, language = matrices(model)
+    language = matrices(model)
     tokens = shape.rows_per_rank * shape.row_tokens
     numbers = tokens * _layer_activations(
         (matrix for matrix in language if matrix.meets in ("all", "text")),  # twins are of one size
@@ -335,14 +344,13 @@ def memory_per_rank(
         model.config.text_config.hidden_size,
     )
     beside = (matrix for matrix in language if matrix.meets == "beside")
-    numbers += (
-        shape.rows_per_rank * shape.block_tokens[-1] * _layer_activations(beside, stage.gradient_checkpointing, 0)
-    )
+    numbers += shape.rows_per_rank * shape.row_visual * _layer_activations(beside, stage.gradient_checkpointing, 0)
     if any(weight.requires_grad for weight in model.model.vision_tower.parameters()):
         frame = tower.checkpointed if stage.gradient_checkpointing else tower.activations
         numbers += shape.rows_per_rank * shape.row_frames * frame
-    if any(matrix.trainable for matrix in connector):
-        numbers += shape.rows_per_rank * sum(m.activations * shape.block_tokens[m.index or 0] for m in connector)
+    met = [matrix for block in connector for matrix in block.matrices]
+    if any(matrix.trainable for matrix in met):
+        numbers += shape.rows_per_rank * shape.row_media * sum(matrix.activations for matrix in met)
     vocabulary = model.get_output_embeddings().weight.shape[0]
     return {
         "weights": weights + casts,

@@ -18,11 +18,13 @@ from sparsevlm.recipe.hub import describe_hub
 from sparsevlm.recipe.load import RecipeError
 from sparsevlm.recipe.schema import Recipe, Stage
 from sparsevlm.train.check import ModelCheck
+from sparsevlm.train.connector_cost import measure_connector
 from sparsevlm.train.expert_parallel import find_faults, find_model_faults, ranks_of_experts
 from sparsevlm.train.flops import Shape, Tower, flops_per_step, measure_tower, memory_per_rank
 from sparsevlm.train.media import count_visual, items_of, keeps_apart, parse_medium, visual_tokens
 from sparsevlm.train.parts import count_parameters, select_trainable
 from sparsevlm.train.prepare import training_dtype
+from sparsevlm.vision.tokens import ItemShape
 
 DEFAULT_MEDIA = ("640x480", "16f@640x480")
 """What visual tokens are counted for when nothing is asked for."""
@@ -66,13 +68,14 @@ def plan(recipe: Recipe, media: Sequence[str] = (), *, world: int = 1) -> dict[s
         if not check.edit(model, name, stage):
             continue
         side = sides[name]
+        items = items_of(recipe, pictures[side], counted[0])
         if tower is None or stage.adapter is not None or adapted or side != measured:
-            items = items_of(recipe, pictures[side], counted[0]) if pictures[side].native else None
-            tower, measured = measure_tower(model, side, items), side  # it may carry an adapter now, or no longer
+            native = items if pictures[side].native else None
+            tower, measured = measure_tower(model, side, native), side  # it may carry an adapter now, or no longer
         adapted = stage.adapter is not None
         tokens = {medium.name: count_visual(recipe, pictures[side], medium) for medium in counted}
         shape = check.shape(name, stage, pictures[side], counted[0], packable, world)
-        entry = _describe(model, tower, recipe, name, stage, shape, tokens, world)
+        entry = _describe(model, tower, items, recipe, name, stage, shape, tokens, world)
         stages.append(entry | {"adapter": _describe_adapter(check.adapters.get(name), recipe)})
     if check.faults:
         raise RecipeError(check.faults)
@@ -92,11 +95,21 @@ def _describe_adapter(report: AdapterReport | None, recipe: Recipe) -> str | Non
 
 
 def _describe(
-    model: Any, tower: Tower, recipe: Recipe, name: str, stage: Stage, shape: Shape, tokens: dict[str, int], world: int
+    model: Any,
+    tower: Tower,
+    items: list[ItemShape],
+    recipe: Recipe,
+    name: str,
+    stage: Stage,
+    shape: Shape,
+    tokens: dict[str, int],
+    world: int,
 ) -> dict[str, Any]:
     """Return the entry of one stage, whose edits the model already carries."""
     report = select_trainable(model, stage.trains, stage.optim)
-    memory = memory_per_rank(model, tower, recipe, stage, shape, world, ranks_of_experts(recipe, name, world))
+    connector = measure_connector(model, items)
+    expert_ranks = ranks_of_experts(recipe, name, world)
+    memory = memory_per_rank(model, tower, connector, recipe, stage, shape, world, expert_ranks)
     return {
         "name": name,
         "trains": list(stage.trains),
@@ -104,7 +117,7 @@ def _describe(
         "parameters": count_parameters(model),
         "visual_tokens": tokens,
         "tokens_per_step": stage.batch.rows * stage.batch.max_length,
-        "flops_per_step": flops_per_step(model, tower, stage, shape),
+        "flops_per_step": flops_per_step(model, tower, connector, stage, shape),
         "memory_per_rank_bytes": sum(size for what, size in memory.items() if what != "host"),
         "memory": memory,
     }

@@ -298,7 +298,7 @@ def test_counts_and_arithmetic(tiny_parts: dict[str, str]) -> None:
     assert after["trainable"] == 2 * (5 * each + router)
     assert after["total"] - before["total"] == 2 * (5 * each + router)
     assert after["activated"] - before["activated"] == 2 * (2 * each + router)
-    flops = sum(matrix.flops for matrix in matrices(model)[1]) - sum(matrix.flops for matrix in matrices(plain)[1])
+    flops = sum(matrix.flops for matrix in matrices(model)) - sum(matrix.flops for matrix in matrices(plain))
     assert flops == 2 * 2 * (5 * each + router)  # all experts are multiplied
 
 
