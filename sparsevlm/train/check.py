@@ -26,7 +26,7 @@ from sparsevlm.recipe.load import Fault, RecipeError, option_fault
 from sparsevlm.recipe.schema import Recipe, Stage
 from sparsevlm.recipe.section import OptionPath
 from sparsevlm.train.flops import Shape
-from sparsevlm.train.media import Medium, items_of, keeps_apart, parse_medium, visual_tokens
+from sparsevlm.train.media import Medium, items_of, keeps_apart, most_frames, parse_medium, visual_tokens
 from sparsevlm.train.parts import select_trainable
 from sparsevlm.vision.encoder import default_image_size, feature_dim, output_grid, vision_subconfig
 from sparsevlm.vision.native import check_native, native_dim, native_side, patch_side, rule_faults
@@ -218,6 +218,10 @@ class ModelCheck:
                     f"the connector ends at width {width}, the language model is {text_width} wide: end it with "
                     "{type: linear} or {type: mlp}",
                 )
+            try:
+                most_frames(self.recipe, pictures)
+            except ValueError as error:
+                self.fault(("model", "video", "max_tokens"), error)
         if self.faults:
             raise RecipeError(self.faults)
         return pictures

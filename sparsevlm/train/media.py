@@ -6,7 +6,9 @@ import re
 from dataclasses import dataclass
 
 from sparsevlm.connectors.base import connector_items, parse_connector
+from sparsevlm.data.video import VideoPolicy
 from sparsevlm.fusion import media_apart
+from sparsevlm.model.video_text import affordable_frames
 from sparsevlm.recipe.schema import Recipe
 from sparsevlm.vision.preprocess import ImageSpec, tower_items
 from sparsevlm.vision.tokens import ItemShape, MediaKind
@@ -45,14 +47,29 @@ def parse_medium(text: str) -> Medium:
     return Medium(text, kind, int(match["frames"] or 1), (int(match["width"]), int(match["height"])))
 
 
-def frames_of(recipe: Recipe, medium: Medium) -> int:
-    """Return the frames of a medium that reach the tower."""
-    return min(medium.frames, recipe.model.video.max_frames) if medium.kind is MediaKind.VIDEO else 1
+def frames_of(recipe: Recipe, spec: ImageSpec, medium: Medium) -> int:
+    """Return the frames of a medium that reach the tower.
+
+    Raises:
+        ValueError: The fewest frames of a video are above its budget of visual tokens.
+    """
+    if medium.kind is not MediaKind.VIDEO:
+        return 1
+    return min(medium.frames, most_frames(recipe, spec))
+
+
+def most_frames(recipe: Recipe, spec: ImageSpec) -> int:
+    """Return the most frames of a video that reach the tower, as the processor finds them; see `frames_of`."""
+    video = recipe.model.video
+    if video.max_tokens is None:
+        return video.max_frames
+    policy = VideoPolicy.of(video.model_dump())
+    return affordable_frames(spec, parse_connector(recipe.model.connector), policy, video.max_tokens)
 
 
 def items_of(recipe: Recipe, spec: ImageSpec, medium: Medium) -> list[ItemShape]:
     """Return the items of a medium as they leave the tower."""
-    return tower_items(spec, medium.kind, frames_of(recipe, medium), medium.size)
+    return tower_items(spec, medium.kind, frames_of(recipe, spec, medium), medium.size)
 
 
 def visual_tokens(recipe: Recipe, spec: ImageSpec, medium: Medium) -> int:
