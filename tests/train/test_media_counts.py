@@ -49,13 +49,19 @@ def distinct_recipes() -> Iterator[Any]:
 
 
 def with_small_texts(recipe: Recipe, parts: dict[str, str]) -> Recipe:
-    """Replace what would have to be downloaded: the tokenizers, and towers that are made on the way."""
+    """Replace what would have to be downloaded, or made first: tokenizers of blocks, and parts without known shapes."""
     model = recipe.model
-    model.language.path = parts["language"]
-    if not model.vision.path.startswith(PACKAGED) and model.vision.path not in known_backbones():
+    if not is_known(model.language.path):
+        model.language.path = parts["language"]
+    if not is_known(model.vision.path):
         model.vision.path, model.vision.image_size = parts["vision"], None
     model.connector = [_local(block, parts["language"]) for block in model.connector]
     return recipe
+
+
+def is_known(path: str) -> bool:
+    """Tell whether the package has a part, or its shapes."""
+    return path.startswith(PACKAGED) or path in known_backbones()
 
 
 def _local(block: dict[str, Any], path: str) -> dict[str, Any]:
@@ -96,6 +102,7 @@ def test_plan_counts_what_the_processor_writes(path: Path, tiny_parts: dict[str,
         stage = next(name for name in recipe.stages if recipe.image_size_in(name) == side)
         pictures = check.pictures(config, check.image_size(config, stage))
         recipe.model.vision.image_size = config.image_size = side
+        recipe.model.language.path = tiny_parts["language"]
         processor = build_processor(recipe.model, config)
         generator = random.Random(f"{path.stem} {side}")
         for medium in media(generator):
