@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from sparsevlm.model.configuration_sparsevlm import SparseVLMConfig
 from sparsevlm.recipe import schema
 from sparsevlm.recipe.model import BesideTower, Vision
-from sparsevlm.vision.encoder import Select, default_image_size, num_prefix_tokens, vision_subconfig
+from sparsevlm.vision.encoder import Select, default_image_size, let_resize, num_prefix_tokens, vision_subconfig
 from sparsevlm.vision.native import check_native, make_native, rule_faults
 from sparsevlm.vision.preprocess import ImageSpec, image_spec_from_config
 from sparsevlm.vision.raw_config import RawPatchesConfig
@@ -40,7 +40,7 @@ def resolve_part(path: str) -> str:
 
 
 def part_config(path: str, trust_remote_code: bool = False, offline_shapes: bool = False) -> PreTrainedConfig:
-    """Load the configuration of a part.
+    """Load the configuration of a part; a tower that can take pictures of other sizes than its own will.
 
     Args:
         path: Hub id, directory or packaged part.
@@ -54,11 +54,14 @@ def part_config(path: str, trust_remote_code: bool = False, offline_shapes: bool
     if offline_shapes and not Path(resolved).is_dir():
         from sparsevlm.model.backbones import backbone_config
 
-        return backbone_config(path)
-    try:
-        return AutoConfig.from_pretrained(resolved, trust_remote_code=trust_remote_code)
-    except OSError as error:
-        raise ValueError(f"no configuration for part {path!r}: {str(error).splitlines()[0]}") from error
+        config = backbone_config(path)
+    else:
+        try:
+            config = AutoConfig.from_pretrained(resolved, trust_remote_code=trust_remote_code)
+        except OSError as error:
+            raise ValueError(f"no configuration for part {path!r}: {str(error).splitlines()[0]}") from error
+    let_resize(config)
+    return config
 
 
 def tower_config(model: schema.Model, offline_shapes: bool = False) -> tuple[PreTrainedConfig, int | list[int], Select]:

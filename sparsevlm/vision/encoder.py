@@ -68,6 +68,23 @@ def default_image_size(vision_config: PreTrainedConfig) -> int:
     return int(side)
 
 
+def let_resize(vision_config: Any) -> None:
+    """Have a network of timm that was made for pictures of one size take others too, in place: a ViT by resampling its
+    positions. Towers of transformers are asked at every call instead."""
+    if vision_config.model_type != "timm_wrapper" or not timm_pretrained_cfg(vision_config).get("fixed_input_size"):
+        return
+    import timm
+
+    options = {"dynamic_img_size": True, **(vision_config.model_args or {})}
+    try:
+        with torch.device("meta"):
+            network = timm.create_model(vision_config.architecture, pretrained=False, num_classes=0, **options)
+    except (TypeError, AssertionError):  # it knows no such option
+        return
+    if getattr(network, "dynamic_img_size", False):  # else it swallows the option
+        vision_config.model_args = options
+
+
 def timm_pretrained_cfg(vision_config: PreTrainedConfig) -> dict[str, Any]:
     """Return timm's preprocessing facts of a `TimmWrapperConfig`: input_size (C, H, W), mean, std, interpolation."""
     known = getattr(vision_config, "pretrained_cfg", None)

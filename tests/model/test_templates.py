@@ -72,6 +72,14 @@ def test_internlm_xcomposer() -> None:
     assert targets == ["a cat<TOKENS_UNUSED_1> </s>", "yes<TOKENS_UNUSED_1> </s>"]
 
 
+def test_cogvlm() -> None:
+    text, targets = render("cogvlm", TALK)
+    assert text == "<s><image> [INST] [vqa] what? [/INST] a cat</s> [INST] sure? [/INST] yes</s>"
+    assert targets == ["a cat</s>", "yes</s>"]
+    caption = [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "a cat"}]
+    assert render("cogvlm", caption)[0] == "<s><image> a cat</s>"
+
+
 @pytest.mark.parametrize("name", sorted(file.stem for file in TEMPLATES.glob("*.jinja")))
 def test_a_prompt_is_the_beginning_of_what_was_trained_on(name: str) -> None:
     whole, _ = render(name, TALK[:2])

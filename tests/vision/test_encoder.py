@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from transformers import (
@@ -12,7 +14,14 @@ from transformers import (
     ViTConfig,
 )
 
-from sparsevlm.vision.encoder import encode_frames, feature_dim, num_prefix_tokens, output_grid, vision_subconfig
+from sparsevlm.vision.encoder import (
+    encode_frames,
+    feature_dim,
+    let_resize,
+    num_prefix_tokens,
+    output_grid,
+    vision_subconfig,
+)
 
 VIT = {
     "hidden_size": 16,
@@ -218,3 +227,25 @@ def test_probe_leaves_the_config_and_the_random_state_alone():
     feature_dim(config)
     assert config.to_dict() == before
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("name", "grid", "dim"), [("timm_vit", (5, 5), 24), ("timm_swin", (10, 10), 16)])
+def test_towers_of_timm_are_let_take_other_sizes(name, grid, dim):
+    config = copy.deepcopy(TOWERS[name][0])
+    tower, pixels = build(name)
+    let_resize(config)
+    let_resize(config)  # once more changes nothing
+    assert config.model_args == {**TOWERS[name][0].model_args, "dynamic_img_size": True}
+    assert output_grid(config, 80) == grid
+    other = AutoModel.from_config(config).eval()
+    other.load_state_dict(tower.state_dict())  # positions keep their shape, so published weights fit
+    with torch.no_grad():
+        assert torch.equal(encode_frames(other, pixels), encode_frames(tower, pixels))
+        assert encode_frames(other, torch.randn(1, 3, 80, 80)).shape == (1, grid[0] * grid[1], dim)
+
+
+@pytest.mark.parametrize("name", ["timm_cnn", "clip"])
+def test_other_towers_are_left_as_they_are(name):
+    config = copy.deepcopy(TOWERS[name][0])
+    let_resize(config)
+    assert config.to_dict() == TOWERS[name][0].to_dict()
