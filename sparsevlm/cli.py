@@ -99,7 +99,8 @@ def plan(
     recipe: Recipe,
     overrides: Overrides = None,
     media: Annotated[
-        str | None, typer.Option(help="Count visual tokens of these, e.g. 640x480,64f@1280x720 (frames@size).")
+        str | None,
+        typer.Option(help="Count visual tokens of these: 640x480, 64f@1280x720 (frames), 8v@640x480 (views)."),
     ] = None,
     ranks: Annotated[int, typer.Option(min=1, help="Processes that the stages run on.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,

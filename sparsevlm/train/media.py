@@ -13,17 +13,18 @@ from sparsevlm.recipe.schema import Recipe
 from sparsevlm.vision.preprocess import ImageSpec, tower_items
 from sparsevlm.vision.tokens import ItemShape, MediaKind
 
-_MEDIUM = re.compile(r"(?:(?P<frames>[1-9]\d*)f@)?(?P<width>[1-9]\d*)x(?P<height>[1-9]\d*)")
+_MEDIUM = re.compile(r"(?:(?P<number>[1-9]\d*)(?P<of>[fv])@)?(?P<width>[1-9]\d*)x(?P<height>[1-9]\d*)")
+_KINDS = {None: MediaKind.IMAGE, "f": MediaKind.VIDEO, "v": MediaKind.MULTI_VIEW}
 
 
 @dataclass(frozen=True)
 class Medium:
-    """A picture or video to count tokens for.
+    """A picture, video or list of views to count tokens for.
 
     Attributes:
-        name: As it was written: ``640x480``, ``64f@1280x720``.
-        kind: Image or video.
-        frames: Frames that are drawn from it.
+        name: As it was written: ``640x480``, ``64f@1280x720``, ``8v@640x480``.
+        kind: Image, video or views.
+        frames: Frames that are drawn from it, views of a scene.
         size: ``(width, height)`` in pixels.
     """
 
@@ -37,14 +38,17 @@ def parse_medium(text: str) -> Medium:
     """Read a medium.
 
     Raises:
-        ValueError: Neither ``WIDTHxHEIGHT`` nor ``FRAMESf@WIDTHxHEIGHT``.
+        ValueError: Neither ``WIDTHxHEIGHT`` nor ``FRAMESf@WIDTHxHEIGHT`` nor ``VIEWSv@WIDTHxHEIGHT``.
     """
     text = text.strip()
     match = _MEDIUM.fullmatch(text)
     if match is None:
-        raise ValueError(f"medium {text!r}: expected WIDTHxHEIGHT (640x480) or FRAMESf@WIDTHxHEIGHT (64f@1280x720)")
-    kind = MediaKind.VIDEO if match["frames"] else MediaKind.IMAGE
-    return Medium(text, kind, int(match["frames"] or 1), (int(match["width"]), int(match["height"])))
+        raise ValueError(
+            f"medium {text!r}: expected WIDTHxHEIGHT (640x480), FRAMESf@WIDTHxHEIGHT (64f@1280x720) or "
+            "VIEWSv@WIDTHxHEIGHT (8v@640x480)"
+        )
+    size = int(match["width"]), int(match["height"])
+    return Medium(text, _KINDS[match["of"]], int(match["number"] or 1), size)
 
 
 def frames_of(recipe: Recipe, spec: ImageSpec, medium: Medium) -> int:
@@ -53,9 +57,7 @@ def frames_of(recipe: Recipe, spec: ImageSpec, medium: Medium) -> int:
     Raises:
         ValueError: The fewest frames of a video are above its budget of visual tokens.
     """
-    if medium.kind is not MediaKind.VIDEO:
-        return 1
-    return min(medium.frames, most_frames(recipe, spec))
+    return min(medium.frames, most_frames(recipe, spec)) if medium.kind is MediaKind.VIDEO else medium.frames
 
 
 def most_frames(recipe: Recipe, spec: ImageSpec) -> int:

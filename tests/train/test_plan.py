@@ -268,6 +268,22 @@ def test_media_that_cannot_be_read(text):
         parse_medium(text)
 
 
+def test_a_budget_of_tokens_for_videos_is_planned_as_the_processor_keeps_it(tiny_parts):
+    from sparsevlm.model.build import build_model
+
+    recipe = recipe_of(tiny_parts, model={"video": {"max_frames": 9, "max_tokens": 70}})
+    _, processor = build_model(recipe.model)
+    counted = stage_of(plan(recipe, ["64f@64x48", "3f@64x48", "6v@64x48"]), "align")["visual_tokens"]
+    assert counted == {"64f@64x48": 64, "3f@64x48": 48, "6v@64x48": 96}
+    assert [processor.count_visual(MediaKind.VIDEO, frames) for frames in (processor.video_policy.max_frames, 3)] == [
+        64,
+        48,
+    ]
+    assert processor.count_visual(MediaKind.MULTI_VIEW, 6) == 96
+    with pytest.raises(RecipeError, match=r"model\.video\.max_tokens: .* 1 frames are 16 visual tokens"):
+        plan(recipe_of(tiny_parts, model={"video": {"max_tokens": 7}}))
+
+
 def test_media_that_can_be_read():
     picture, clip = parse_medium("640x480"), parse_medium(" 64f@1280x720 ")
     assert (picture.kind, picture.frames, picture.size) == (MediaKind.IMAGE, 1, (640, 480))
