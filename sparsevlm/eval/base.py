@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -85,6 +85,11 @@ class EvalTask(BaseModel):
 
     blind: bool = False
     """Ask without pictures and videos: what the language model knows or guesses alone."""
+
+    @property
+    def ranks(self) -> Literal["sum", "mean"] | None:
+        """How options are ranked by their likelihood (see `eval.ranking`); None where the model writes its answers."""
+        return None
 
     def examples(self, spec: Eval, base_dir: Path) -> list[Example]:
         """Return the questions in a fixed order.

@@ -7,11 +7,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsevlm.data.sample import BadSampleError, Message, Sample
 from sparsevlm.eval.base import EvalTask, Example, Kinds, Reply, without_media
+from sparsevlm.eval.ranking import Rank, choose_all
 from sparsevlm.registry import EVAL_TASKS
 
 if TYPE_CHECKING:
@@ -76,7 +78,8 @@ def evaluate(
         raise ValueError(f"evaluation task {spec.task!r}: {spec.path} holds no questions")
     if task.blind:
         examples = [replace(example, sample=without_media(example.sample)) for example in examples]
-    texts, faults = _generate_all(model, processor, examples, spec, device, progress)
+    ask = _generate_all if task.ranks is None else partial(_rank_all, rank=task.ranks)
+    texts, faults = ask(model, processor, examples, spec, device, progress)
     replies = [
         Reply(example, text, 0.0 if fault else task.score(text or "", example), fault)
         for example, text, fault in zip(examples, texts, faults, strict=True)
@@ -118,6 +121,20 @@ def _generate_all(
                 for i, text in zip(readable, _generate(model, processor, inputs, spec, device), strict=True):
                     texts[i] = text
             advance(len(batch))
+    return texts, faults
+
+
+def _rank_all(
+    model: Any, processor: Any, examples: Sequence[Example], spec: Eval, device: Any, progress: bool, rank: Rank
+) -> tuple[list[str | None], list[str]]:
+    """Return the same where the model ranks options instead of writing an answer."""
+    texts: list[str | None] = []
+    faults: list[str] = []
+    with inference_mode_of(model), progress_bar(len(examples), progress) as advance:
+        for text, fault in choose_all(model, processor, examples, rank, spec.batch_size, device):
+            texts.append(text)
+            faults.append(fault)
+            advance(1)
     return texts, faults
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from sparsevlm.eval.tasks.vqa import MetricName, VqaTask
 from sparsevlm.registry import EVAL_TASKS
 
@@ -12,3 +14,17 @@ class MultipleChoiceTask(VqaTask):
 
     metric: MetricName = "choice"
     """How rows are scored that name no `metric` themselves."""
+    rank: Literal["sum", "mean"] | None = None
+    """Take the likeliest option for the reply instead of letting the model write a letter, as InstructBLIP does: by the
+    log-likelihood of all its tokens (`sum`) or of one in the mean (`mean`). The prompt is then the bare question unless
+    `prompt` says another."""
+
+    @property
+    def ranks(self) -> Literal["sum", "mean"] | None:
+        """See `EvalTask.ranks`."""
+        return self.rank
+
+    @property
+    def choice_prompt(self) -> str:
+        """See `VqaTask.choice_prompt`."""
+        return super().choice_prompt if self.rank is None else "{question}"

@@ -61,6 +61,11 @@ class VqaTask(EvalTask):
             raise ValueError(f"prompt {prompt!r} does not contain {{question}}")
         return prompt
 
+    @property
+    def choice_prompt(self) -> str:
+        """Text around a question with options where `prompt` says none."""
+        return CHOICE_PROMPT
+
     def examples(self, spec: Eval, base_dir: Path) -> list[Example]:
         """Read the file; see `EvalTask.examples`."""
         from sparsevlm.data.sources import open_rows
@@ -95,7 +100,7 @@ class VqaTask(EvalTask):
         try:
             question = _Question.parse(get, metric)
             reference = question.reference
-            prompt = self.prompt or (CHOICE_PROMPT if metric == "choice" else "{question}")
+            prompt = self.prompt or (self.choice_prompt if metric == "choice" else "{question}")
             messages = (Message("user", _content(question.fill(prompt), get, context)),)
         except BadSampleError as error:
             fault = str(error)
