@@ -78,6 +78,13 @@ def test_llama_vid_trains_what_its_stages_train() -> None:
     assert parts_of("model.connector.0.query_projection.weight")[0] == "connector.projector"
 
 
+def test_monkey_has_lora_for_each_of_four_slices() -> None:
+    document = plan(load_recipe("recipes/monkey/7b.yaml"), ["896x896"])
+    attention, network = 4 * 16 * (1664 + 1664), 2 * 16 * (1664 + 8192)
+    trained = stage_of(document, "slices")["parameters"]["trainable"]
+    assert trained == 4 * 48 * (attention + network) + SYSTEMS["monkey/7b"].connector
+
+
 def test_internlm_xcomposer2_adapts_picture_tokens_alone() -> None:
     document = plan(load_recipe("recipes/internlm_xcomposer/v2_7b.yaml"), ["640x480"], world=64)
     trained = document["stages"][0]["parameters"]["trainable"]
