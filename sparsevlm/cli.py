@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from sparsevlm import __version__, cli_hub, cli_merge
+from sparsevlm import __version__, cli_features, cli_hub, cli_merge
 
 app = typer.Typer(
     name="sparsevlm",
@@ -367,6 +367,7 @@ def export(
     summary.print_report(export_model(model, output, form=form, text_only=text_only, check=check), Console())
 
 
+app.command()(guarded(cli_features.features))
 app.command()(guarded(cli_merge.merge))
 app.command()(guarded(cli_hub.push))
 

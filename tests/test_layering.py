@@ -18,6 +18,7 @@ LAYERS: dict[str, int] = {
     "vision.preprocess": 2,
     "vision.encoder": 2,
     "vision.eva": 2,
+    "vision.feature_store": 2,
     "vision.frames": 2,
     "vision.native": 2,
     "vision.packed": 2,
@@ -38,8 +39,10 @@ LAYERS: dict[str, int] = {
     "export": 5,
     "eval": 5,
     "chat": 5,
+    "features": 5,
     "report": 5,
     "train": 6,  # a stage ends with its evaluations
+    "cli_features": 6,
     "cli_hub": 6,  # one command of the command line
     "cli_merge": 6,
     "cli": 7,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsevlm.data.kept import Kept
 from sparsevlm.data.sample import IGNORE_INDEX, Encoded
 from sparsevlm.vision.tokens import MEDIA_KINDS, NO_PLACE, ItemShape
 
@@ -28,8 +29,9 @@ class Collator:
     ``(I, 3)``, ``media_kinds`` ``(I,)`` and ``media_owners`` ``(I,)`` (the document of each item; in padded batches
     that is the row); where pictures are cut also ``media_places`` ``(I, 7)``: the medium of each item in the batch, and
     its `Place`; where the connector looks at text ``guide_ids`` and ``guide_mask`` ``(G, L)``, a text a medium, and
-    ``media_guides`` ``(I,)``, the text of each item. The label of a document's first token is ignored: nothing precedes
-    it, and in a packed row the end of another document would be trained to predict it.
+    ``media_guides`` ``(I,)``, the text of each item; where features of media are known, what `kept_inputs` says, and no
+    pixels of them. The label of a document's first token is ignored: nothing precedes it, and in a packed row the end
+    of another document would be trained to predict it.
 
     A batch without any sample (all of its samples could not be read, or the last step of an epoch has fewer rows)
     holds one padding token and no target, so that every process still takes part in the step.
@@ -85,14 +87,46 @@ def _targets(document: Encoded) -> Tensor:
 
 
 def _media(documents: Sequence[Encoded]) -> dict[str, Tensor]:
-    pixels = [document.pixel_values for document in documents if document.pixel_values is not None]
-    if not pixels:
+    items = [document.items for document in documents]
+    if not any(items):
         return {}
-    grids = [item.grid for document in documents for item in document.items]
-    rows = sum(grid.t if pixels[0].ndim == 4 else grid.num_tokens for grid in grids)  # frames, or patches
-    assert sum(p.shape[0] for p in pixels) == rows, "pixels and tower grids disagree"
-    described = describe_items([document.items for document in documents], [document.guides for document in documents])
-    return {"pixel_values": torch.cat(pixels), **described}
+    pixels = [document.pixel_values for document in documents if document.pixel_values is not None]
+    inputs = kept_inputs(items, [document.kept for document in documents])
+    towers = inputs["feature_towers"].tolist() if inputs else [0] * sum(map(len, items))
+    grids = [item.grid for item, tower in zip((i for document in items for i in document), towers) if not tower]
+    if pixels:
+        inputs["pixel_values"] = torch.cat(pixels)
+        rows = sum(grid.t if pixels[0].ndim == 4 else grid.num_tokens for grid in grids)  # frames, or patches
+        assert inputs["pixel_values"].shape[0] == rows, "pixels and tower grids disagree"
+    assert bool(pixels) == bool(grids), "an item has neither pixels nor features"
+    return inputs | describe_items(items, [document.guides for document in documents])
+
+
+def kept_inputs(documents: Sequence[Sequence[ItemShape]], kept: Sequence[Sequence[Kept | None]]) -> dict[str, Tensor]:
+    """Return what a batch says of features that were computed before; nothing where there are none.
+
+    Args:
+        documents: Items of each document.
+        kept: Of each document, the features of each medium.
+
+    Returns:
+        ``visual_features`` ``(M, D)``, those of all items that have them, in order, and ``feature_towers`` ``(I,)``,
+        the number of the tower that gave an item's, 0 where pixels are there.
+
+    Raises:
+        ValueError: They are of different widths.
+    """
+    of = [each[item.medium] if each else None for items, each in zip(documents, kept, strict=True) for item in items]
+    if not any(of):
+        return {}
+    media = [known.features for each in kept for known in each if known is not None]
+    if len({features.shape[1] for features in media}) > 1:
+        raise ValueError(
+            f"features of {len(media)} media have widths {sorted({features.shape[1] for features in media})}: they are "
+            "of different towers; make them anew with `sparsevlm features`"
+        )
+    towers = torch.tensor([0 if known is None else known.tower for known in of])
+    return {"visual_features": torch.cat(media), "feature_towers": towers}
 
 
 def describe_items(

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sparsevlm.data.kept import FilmInfo, is_film_features, probe_film
 from sparsevlm.data.sample import BadSampleError, Media
 from sparsevlm.data.video import (
     MAX_PIXELS,
+    VideoInfo,
     VideoPolicy,
     clip_indices,
     decode_video,
@@ -110,7 +112,8 @@ def load_video(media: Media, video: VideoPolicy) -> tuple[list[np.ndarray], list
         indices = _memory_indices(media, len(frames), video)
         rate = media.fps or 1.0
         return [np.asarray(_read_image(frames[i])) for i in indices], [i / rate for i in indices]
-    info = probe_video(media.source)
+    info = _probe(media.source)
+    _refuse_features(info)
     return decode_video(media.source, info, clip_indices(info.total, info.fps, media.start, media.end, video))
 
 
@@ -129,7 +132,7 @@ class VideoFrames(Sequence[Any]):
         self.media = media
         self.info = None
         if isinstance(media.source, (str, Path, bytes, bytearray)):
-            self.info = probe_video(media.source)
+            self.info = _probe(media.source)
             self.indices = clip_indices(self.info.total, self.info.fps, media.start, media.end, video)
         else:
             self.indices = _memory_indices(media, len(_frames_of(media)), video)
@@ -155,6 +158,7 @@ class VideoFrames(Sequence[Any]):
             yield block
 
     def _frames(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
+        _refuse_features(self.info)
         if self.info is None:
             return (np.asarray(_read_image(self.media.source[i])) for i in indices)
         return (frame for frame, _ in stream_video(self.media.source, self.info, indices))
@@ -170,7 +174,7 @@ def count_frames(media: Media, video: VideoPolicy) -> int:
     """
     if not isinstance(media.source, (str, Path, bytes, bytearray)):
         return len(_memory_indices(media, len(_frames_of(media)), video))
-    info = probe_video(media.source)
+    info = _probe(media.source)
     return len(clip_indices(info.total, info.fps, media.start, media.end, video))
 
 
@@ -181,7 +185,9 @@ def frame_size(media: Media) -> tuple[int, int]:
         BadSampleError: As `load_video`.
     """
     if isinstance(media.source, (str, Path, bytes, bytearray)):
-        info = probe_video(media.source)
+        info = _probe(media.source)
+        if isinstance(info, FilmInfo):
+            return info.size
         frame, _ = next(iter(stream_video(media.source, info, [0])))
         return frame.shape[1], frame.shape[0]
     return image_size(Media(MediaKind.IMAGE, _frames_of(media)[0]))
@@ -198,8 +204,18 @@ def frame_times(media: Media, video: VideoPolicy) -> list[float]:
     if not isinstance(media.source, (str, Path, bytes, bytearray)):
         rate = media.fps or 1.0
         return [i / rate for i in _memory_indices(media, len(_frames_of(media)), video)]
-    info = probe_video(media.source)
+    info = _probe(media.source)
     return [float(i / info.fps) for i in clip_indices(info.total, info.fps, media.start, media.end, video)]
+
+
+def _probe(source: str | Path | bytes | bytearray) -> VideoInfo:
+    """Return what a video says of itself, or the features that were kept of one."""
+    return probe_film(source) if is_film_features(source) else probe_video(source)  # type: ignore[arg-type]
+
+
+def _refuse_features(info: VideoInfo | None) -> None:
+    if isinstance(info, FilmInfo):
+        raise BadSampleError("a file of features holds no frames to look at; name the film itself")
 
 
 def _frames_of(media: Media) -> Sequence[Any] | np.ndarray:

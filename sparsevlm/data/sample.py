@@ -12,6 +12,8 @@ from sparsevlm.vision.tokens import Grid, ItemShape, MediaKind
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sparsevlm.data.kept import Kept
+
 IGNORE_INDEX = -100
 """Label of a token that is not a target."""
 
@@ -92,11 +94,14 @@ class Encoded:
     Attributes:
         input_ids: ``(T,)`` int64; every visual item is a run of its placeholder id, one for each visual token.
         labels: ``(T,)`` int64; `IGNORE_INDEX` where no target is.
-        pixel_values: ``(F, 3, H, W)`` float32, frames of all items in order; None without media.
+        pixel_values: ``(F, 3, H, W)`` float32, frames of all items in order whose features are not known; None where
+            there are none.
         items: Visual items as they come to the tower (``t`` of a grid counts frames), media counted from 0.
         visual_lengths: Visual tokens of each medium after the connector.
         sample_id: ``source/id`` for reports.
         guides: Token ids of the text that each medium is asked about, where the connector looks at it; else empty.
+        kept: Features of each medium where they are known, None where pixels are there; empty: none are known.
+        keys: Name under which each medium's features are to be kept, empty where they are not; empty: none are.
     """
 
     input_ids: Tensor
@@ -106,6 +111,8 @@ class Encoded:
     visual_lengths: tuple[int, ...] = ()
     sample_id: str = ""
     guides: tuple[tuple[int, ...], ...] = ()
+    kept: tuple[Kept | None, ...] = ()
+    keys: tuple[str, ...] = ()
 
     @property
     def grids(self) -> tuple[Grid, ...]:

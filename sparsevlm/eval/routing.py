@@ -228,9 +228,11 @@ def _pictures(processor: Any, encoded: Encoded) -> Iterator[tuple[Grid, Tensor, 
             patches = pixels[frame : frame + tower.num_tokens]  # at native resolution
             shown = pixels[frame] if pixels.ndim == 4 else unpatchify(patches, tower.h, tower.w)
             yield grid, visual[start : start + length], shown
+        start += length
+        if encoded.kept and encoded.kept[items[0].medium] is not None:  # features, no pixels
+            continue
         packed = encoded.pixel_values is not None and encoded.pixel_values.ndim == 2
         frame += sum(item.grid.num_tokens if packed else item.grid.t for item in items)
-        start += length
 
 
 def _image(pixels: Tensor, spec: Any) -> Image.Image:

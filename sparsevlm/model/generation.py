@@ -10,6 +10,8 @@ GUIDE_INPUTS = ("guide_ids", "guide_mask")
 
 MEDIA_INPUTS = (
     "pixel_values",
+    "visual_features",
+    "feature_towers",
     "image_grid_thw",
     "media_kinds",
     "media_owners",
@@ -31,8 +33,8 @@ def repeat_media(media: dict[str, Tensor], copies: int) -> dict[str, Tensor]:
         The same inputs for the expanded batch: all items of a row follow each other, copy by copy.
     """
     owners = media["media_owners"].tolist()
-    grids, pixels = media["image_grid_thw"], media["pixel_values"]
-    frames = pixels.split((grids[:, 0] if pixels.ndim == 4 else grids.prod(dim=1)).tolist())  # or patches
+    grids, known = media["image_grid_thw"], media.get("feature_towers")
+    known = torch.zeros_like(grids[:, 0], dtype=torch.bool) if known is None else known > 0
     order, rows, media_of = [], [], []
     of = media["media_places"][:, 0].tolist() if "media_places" in media else list(range(len(owners)))
     for row in sorted(set(owners)):
@@ -42,10 +44,15 @@ def repeat_media(media: dict[str, Tensor], copies: int) -> dict[str, Tensor]:
             rows += [row * copies + copy] * len(items)
             media_of += [of[i] * copies + copy for i in items]
     index = torch.tensor(order, device=media["image_grid_thw"].device)
-    kept = ("pixel_values", "media_owners", *GUIDE_INPUTS)  # all rows may look at the same texts
+    kept = ("pixel_values", "visual_features", "media_owners", *GUIDE_INPUTS)  # all rows may look at the same texts
     repeated = {key: value[index] for key, value in media.items() if key not in kept}
     repeated |= {key: media[key] for key in GUIDE_INPUTS if key in media}
-    repeated["pixel_values"] = torch.cat([frames[i] for i in order])
+    for name, own in (("pixel_values", ~known), ("visual_features", known)):
+        if name not in media:
+            continue
+        sizes = grids[:, 0] if media[name].ndim == 4 else grids.prod(dim=1)  # frames; or patches, or features
+        parts = media[name].split((sizes * own).tolist())
+        repeated[name] = torch.cat([parts[i] for i in order])
     if "media_places" in media:
         repeated["media_places"][:, 0] = torch.tensor(media_of, device=index.device)
     repeated["media_owners"] = torch.tensor(rows, device=index.device)

@@ -23,7 +23,7 @@ from sparsevlm.model.configuration_sparsevlm import SparseVLMConfig
 from sparsevlm.model.generation import MEDIA_INPUTS, repeat_media
 from sparsevlm.model.outputs import SparseVLMCausalLMOutput, SparseVLMModelOutput, routing_columns
 from sparsevlm.model.sparse import MoePreTrainedModel
-from sparsevlm.model.visual import VisualMixin, read_guides, read_items
+from sparsevlm.model.visual import VisualMixin, read_guides, read_items, read_known
 from sparsevlm.moe.block import install_moe
 from sparsevlm.moe.groups import Settings, router_groups
 from sparsevlm.moe.losses import add_routing_losses, wants_losses
@@ -111,6 +111,8 @@ class SparseVLMModel(VisualMixin, SparseVLMPreTrainedModel):
         guide_ids: Tensor | None = None,
         guide_mask: Tensor | None = None,
         media_guides: Tensor | None = None,
+        visual_features: Tensor | None = None,
+        feature_towers: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -131,6 +133,8 @@ class SparseVLMModel(VisualMixin, SparseVLMPreTrainedModel):
             guide_ids: ``(G, L)`` texts for connector blocks that look at text.
             guide_mask: ``(G, L)``, 0 for their padding.
             media_guides: ``(I,)`` text of each item.
+            visual_features: ``(M, D)`` of items whose features were computed before, and which have no pixels.
+            feature_towers: ``(I,)`` number of the tower that gave an item's features; 0: it has pixels.
             attention_mask: ``(B, T)``, or None for packed rows.
             position_ids: ``(B, T)``; restarts at every document of a packed row.
             past_key_values: Cache.
@@ -147,11 +151,15 @@ class SparseVLMModel(VisualMixin, SparseVLMPreTrainedModel):
         assert inputs_embeds is not None
         tokens = None
         apart = media_apart(self.config.fusion)
-        if pixel_values is not None:
+        if pixel_values is not None or visual_features is not None:
             if input_ids is None or image_grid_thw is None:
                 raise ValueError("pixel_values need input_ids (to find their places) and image_grid_thw")
             items = read_items(image_grid_thw, media_kinds, media_owners, media_places)
-            tokens = self.encode_media(pixel_values, *items, read_guides(guide_ids, guide_mask, media_guides))
+            guides, known = (
+                read_guides(guide_ids, guide_mask, media_guides),
+                read_known(visual_features, feature_towers),
+            )
+            tokens = self.encode_media(pixel_values, *items, guides, known)
             if not apart:
                 inputs_embeds = self.write_media(input_ids, inputs_embeds, tokens)
         elif self.training and torch.is_grad_enabled() and not apart:
@@ -232,6 +240,8 @@ class SparseVLMForConditionalGeneration(SparseVLMPreTrainedModel, GenerationMixi
         guide_ids: Tensor | None = None,
         guide_mask: Tensor | None = None,
         media_guides: Tensor | None = None,
+        visual_features: Tensor | None = None,
+        feature_towers: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -255,6 +265,8 @@ class SparseVLMForConditionalGeneration(SparseVLMPreTrainedModel, GenerationMixi
             guide_ids: As there.
             guide_mask: As there.
             media_guides: As there.
+            visual_features: As there.
+            feature_towers: As there.
             attention_mask: As there.
             position_ids: As there.
             past_key_values: As there.
@@ -280,6 +292,8 @@ class SparseVLMForConditionalGeneration(SparseVLMPreTrainedModel, GenerationMixi
             guide_ids=guide_ids,
             guide_mask=guide_mask,
             media_guides=media_guides,
+            visual_features=visual_features,
+            feature_towers=feature_towers,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -334,6 +348,16 @@ class SparseVLMForConditionalGeneration(SparseVLMPreTrainedModel, GenerationMixi
         logits = self.lm_head(hidden_states[target]).float()  # (targets, V)
         total = F.cross_entropy(logits, shifted[target].to(logits.device), reduction="sum")
         return total / (target.sum().clamp(min=1) if num_items is None else num_items)
+
+    def prepare_inputs_for_generation(
+        self, *args: Any, is_first_iteration: bool | None = False, use_cache: bool = True, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Give media to the pass over the prompt only; transformers knows of `pixel_values` by itself."""
+        options: dict[str, Any] = {"is_first_iteration": is_first_iteration, "use_cache": use_cache}
+        inputs = super().prepare_inputs_for_generation(*args, **options, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        if use_cache and not is_first_iteration:
+            inputs.pop("visual_features", None)
+        return inputs
 
     def _expand_inputs_for_generation(
         self,

@@ -12,28 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 from transformers.image_utils import load_image as load_any_image
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from sparsevlm.connectors.base import connector_guide, connector_items, parse_connector
-from sparsevlm.data.collate import describe_items
-from sparsevlm.data.media import VideoFrames, VideoPolicy, count_frames, frame_size, image_size, load_image
+from sparsevlm.data.collate import describe_items, kept_inputs
+from sparsevlm.data.media import VideoPolicy
 from sparsevlm.data.sample import IGNORE_INDEX, BadSampleError, Encoded, Media, Sample
 from sparsevlm.model.configuration_sparsevlm import SparseVLMConfig
 from sparsevlm.model.generation import MEDIA_INPUTS
 from sparsevlm.model.guides import NO_MARKS, GuideEncoder, guide_ids, turn_marks
 from sparsevlm.model.layout import Medium, Tokens, expand, truncate
+from sparsevlm.model.media_input import Extent, MediaReader, Seen, kept_of
 from sparsevlm.model.prompt_media import per_text
 from sparsevlm.model.slice_text import SliceText
 from sparsevlm.model.video_text import Texts, VideoText, affordable_frames, interleave
-from sparsevlm.vision.preprocess import ImageSpec, preprocess_medium, tower_items
+from sparsevlm.vision.feature_store import FeatureStore
+from sparsevlm.vision.preprocess import ImageSpec, tower_items
 from sparsevlm.vision.tokens import MediaKind
-
-Extent = tuple[int, tuple[int, int] | None]
-"""Frames of a medium, and the size ``(width, height)`` of a picture where counts depend on it."""
 
 GENERATION_MARKER = "generation"
 
@@ -90,6 +88,7 @@ class SparseVLMProcessor(ProcessorMixin):
         if budget := self.video.get("max_tokens"):
             frames = affordable_frames(self.image_spec, self.block_specs, self.video_policy, budget)
             self.video_policy = replace(self.video_policy, max_frames=frames)
+        self.reader = MediaReader(self.image_spec, self.video_policy)
         self.video_text = VideoText(tokenizer, self.video)
         if self.video_text:
             self.medium(MediaKind.VIDEO, 3, self._square(), texts=[((), ())] * 3)  # refused now, not at a video
@@ -139,29 +138,31 @@ class SparseVLMProcessor(ProcessorMixin):
 
     # ---- samples --------------------------------------------------------------------------------------------------
 
-    def encode(self, sample: Sample, max_length: int | None = None) -> Encoded:
+    def encode(self, sample: Sample, max_length: int | None = None, store: FeatureStore | None = None) -> Encoded:
         """Read a sample's media and turn it into ids, labels and pixels.
 
         Args:
             sample: The conversation.
             max_length: Cut to so many tokens, never through a visual block.
+            store: Where features of its media may be; those that are not there are to be kept.
 
         Raises:
             BadSampleError: Media cannot be read, placeholders and media disagree, or no target token is left.
         """
-        media = list(sample.media())
-        frames = [self._read(item) for item in media]
-        tokens = self._layout(sample, [self._extent(f) for f in frames], max_length)
-        kept = frames[: len(tokens.media)]
+        read = [self.reader.read(item, store) for item in sample.media()]
+        tokens = self._layout(sample, [seen.extent for seen in read], max_length)
+        read = read[: len(tokens.media)]
         items = [shape._replace(medium=i) for i, medium in enumerate(tokens.media) for shape in medium.shapes]
         encoded = Encoded(
             input_ids=torch.tensor(tokens.ids, dtype=torch.long),
             labels=torch.tensor(tokens.labels, dtype=torch.long),
-            pixel_values=torch.cat(list(map(self._pixels, kept, tokens.media))) if kept else None,
+            pixel_values=self._pixels(read),
             items=tuple(items),
             visual_lengths=tuple(medium.num_visual for medium in tokens.media),
             sample_id=f"{sample.source}/{sample.id}" if sample.source else sample.id,
             guides=guide_ids(tokens.media),
+            kept=kept_of(read, tokens.media),
+            keys=tuple(seen.key for seen in read) if store is not None else (),
         )
         if encoded.num_targets == 0:
             raise BadSampleError(_no_target(len(tokens.ids), max_length))
@@ -173,7 +174,7 @@ class SparseVLMProcessor(ProcessorMixin):
         Raises:
             BadSampleError: As `encode`, as far as headers tell.
         """
-        tokens = self._layout(sample, [self._measure(media) for media in sample.media()], max_length)
+        tokens = self._layout(sample, [self.reader.measure(media) for media in sample.media()], max_length)
         if all(label == IGNORE_INDEX for label in tokens.labels[1:]):
             raise BadSampleError(_no_target(len(tokens.ids), max_length))
         return len(tokens.ids), sum(medium.num_visual for medium in tokens.media)
@@ -185,13 +186,12 @@ class SparseVLMProcessor(ProcessorMixin):
             ``input_ids`` and ``attention_mask`` ``(B, T)`` and, where there are media, ``pixel_values``
             ``(F, 3, h, w)`` and what `Collator` says of the items, ``media_owners`` being the row of each.
         """
-        rows, frames = [], []
+        rows, seen = [], []
         for sample in samples:
-            read = [self._read(item) for item in sample.media()]
-            extents = [self._extent(f) for f in read]
-            rows.append(self._layout(sample, extents, None, add_generation_prompt=True))
-            frames.extend(read)
-        return self._batch(rows, frames, padding_side="left")
+            read = [self.reader.read(item) for item in sample.media()]
+            rows.append(self._layout(sample, [each.extent for each in read], None, add_generation_prompt=True))
+            seen.append(read)
+        return self._batch(rows, seen, padding_side="left")
 
     def _layout(
         self,
@@ -244,35 +244,12 @@ class SparseVLMProcessor(ProcessorMixin):
     def _placeholders(self) -> dict[int, str]:
         return {self.image_token_id: self.image_token, self.video_token_id: self.video_token}
 
-    def _read(self, media: Media) -> Sequence[Any]:
-        """Return the frames of one medium."""
-        if media.kind is MediaKind.VIDEO:
-            return VideoFrames(media, self.video_policy)
-        if media.kind is MediaKind.MULTI_VIEW:
-            return [load_image(Media(MediaKind.IMAGE, view)) for view in media.source]
-        return [load_image(media)]
+    def _pixels(self, read: Sequence[Seen]) -> Tensor | None:
+        """Return what the tower gets of media, without those whose features are known."""
+        pixels = [self.reader.pixels(seen) for seen in read if seen.kept is None]
+        return torch.cat(pixels) if pixels else None
 
-    def _pixels(self, frames: Sequence[Any], medium: Medium) -> Tensor:
-        """Return what the tower gets of one medium."""
-        return preprocess_medium(frames, medium.kind, self.image_spec)
-
-    def _extent(self, frames: Sequence[Any]) -> Extent:
-        """Return what frames that were read count as."""
-        if not self.image_spec.needs_size:
-            return len(frames), None
-        first = frames[0]
-        return len(frames), first.size if isinstance(first, Image.Image) else (first.shape[1], first.shape[0])
-
-    def _measure(self, media: Media) -> Extent:
-        """Return the same without decoding."""
-        native = self.image_spec.native is not None
-        if media.kind is MediaKind.VIDEO:
-            return count_frames(media, self.video_policy), frame_size(media) if native else None
-        if media.kind is MediaKind.MULTI_VIEW:
-            return len(media.source), frame_size(media) if native else None
-        return 1, image_size(media) if self.image_spec.needs_size else None
-
-    def _batch(self, rows: Sequence[Tokens], frames: Sequence[Sequence[Any]], padding_side: str) -> dict[str, Tensor]:
+    def _batch(self, rows: Sequence[Tokens], read: Sequence[Sequence[Seen]], padding_side: str) -> dict[str, Tensor]:
         width = max(len(row.ids) for row in rows)
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         input_ids = torch.full((len(rows), width), pad, dtype=torch.long)
@@ -286,8 +263,9 @@ class SparseVLMProcessor(ProcessorMixin):
             [shape._replace(medium=i) for i, medium in enumerate(row.media) for shape in medium.shapes] for row in rows
         ]
         if any(items):
-            media = [medium for row in rows for medium in row.media]
-            batch["pixel_values"] = torch.cat(list(map(self._pixels, frames, media)))
+            pixels = self._pixels([seen for each in read for seen in each])
+            batch |= {} if pixels is None else {"pixel_values": pixels}
+            batch |= kept_inputs(items, [kept_of(each, row.media) for each, row in zip(read, rows, strict=True)])
             batch |= describe_items(items, [guide_ids(row.media) for row in rows])
         return batch
 
@@ -328,11 +306,12 @@ class SparseVLMProcessor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else list(text)
         batch_images = iter(per_text(images, texts, self.image_token, "images"))
         batch_videos = iter(per_text(videos, texts, self.video_token, "videos"))
-        rows, frames = [], []
+        rows, read = [], []
         for prompt in texts:
             sources = {self.image_token_id: iter(next(batch_images)), self.video_token_id: iter(next(batch_videos))}
             encoding = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
-            media = []
+            media: list[Medium] = []
+            read.append([])
             for token in encoding["input_ids"]:
                 if token in sources:
                     kind = MediaKind.VIDEO if token == self.video_token_id else MediaKind.IMAGE
@@ -341,11 +320,11 @@ class SparseVLMProcessor(ProcessorMixin):
                     if kind is MediaKind.VIDEO and isinstance(source, str):
                         source = Path(source)
                     given = Media(kind, source)
-                    frames.append(self._read(given))
-                    media.append(self._medium(given, self._extent(frames[-1])))
+                    read[-1].append(self.reader.read(given))
+                    media.append(self._medium(given, read[-1][-1].extent))
             media = self.guides.of_prompt(prompt, media, self._turn_marks)
             rows.append(expand(encoding["input_ids"], encoding["offset_mapping"], [], media, self._placeholders()))
-        data: dict[str, Any] = self._batch(rows, frames, padding_side or self.tokenizer.padding_side)
+        data: dict[str, Any] = self._batch(rows, read, padding_side or self.tokenizer.padding_side)
         if return_offsets_mapping:
             width = data["input_ids"].shape[1]
             left = (padding_side or self.tokenizer.padding_side) == "left"

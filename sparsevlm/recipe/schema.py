@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from sparsevlm.recipe.adapter import Adapter, adapter_faults, order_faults, sharding_faults, trains_beside
+from sparsevlm.recipe.feature_cache import FeatureCache, cache_faults
 from sparsevlm.recipe.hub import Hub, hub_faults
 from sparsevlm.recipe.model import ConnectorBlock, Language, Model, Video, Vision
 from sparsevlm.recipe.moe import LayerChoice, Router, Upcycle
@@ -276,6 +277,8 @@ class Recipe(Strict):
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
     """Trackers; metrics.jsonl is always written."""
 
+    feature_cache: FeatureCache | None = None
+    """Keep the features of a tower that does not train; default: they are computed each time."""
     hub: Hub | None = None
     """Upload what the run makes to the Hugging Face Hub."""
 
@@ -290,6 +293,7 @@ class Recipe(Strict):
             for name in names(view(raw.get(section))):
                 if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):  # no dot: overrides address by dotted path
                     yield (section, name, KEY), f"a name has letters, digits, '_' and '-' only, got {name!r}"
+        yield from cache_faults(raw)
         yield from hub_faults(raw.get("hub"), names(view(raw.get("stages"))))
         sources, tasks = view(raw.get("data")), names(raw.get("evals"))
         yield from ((("stages", *at), what) for at, what in order_faults(view(raw.get("stages"))))

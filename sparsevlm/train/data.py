@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from sparsevlm.data.opened import OpenSource
 from sparsevlm.data.sample import BadSampleError, Encoded, Sample
 from sparsevlm.data.stream import StageStream, plan_rows
 from sparsevlm.recipe.schema import Recipe
+from sparsevlm.vision.feature_store import FeatureStore
 
 LOOK_AT = 64
 """Records a source that `first_records` reads at most."""
@@ -86,8 +88,18 @@ def is_packed(recipe: Recipe, name: str, decoder: Any) -> bool:
     return packing
 
 
-def stage_data(recipe: Recipe, name: str, model: Any, processor: Any, skipped_path: Path) -> StageData | StageStream:
+def stage_data(
+    recipe: Recipe, name: str, model: Any, processor: Any, skipped_path: Path, store: FeatureStore | None = None
+) -> StageData | StageStream:
     """Plan the rows of a stage for this rank.
+
+    Args:
+        recipe: The resolved recipe.
+        name: The stage.
+        model: Its model.
+        processor: The model's processor.
+        skipped_path: Where skipped records are written.
+        store: Where features of media may be.
 
     Raises:
         ValueError: A source cannot be read, or too many of its records.
@@ -96,7 +108,7 @@ def stage_data(recipe: Recipe, name: str, model: Any, processor: Any, skipped_pa
         recipe.data,
         recipe.stages[name],
         processor.measure,
-        processor.encode,
+        processor.encode if store is None else partial(processor.encode, store=store),
         packed=is_packed(recipe, name, model.model.language_model),
         seed=recipe.seed,
         rank=int(os.environ.get("RANK", "0")),

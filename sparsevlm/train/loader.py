@@ -73,7 +73,8 @@ class BatchWithIds:
     """Collates rows and keeps what the model does not take.
 
     ``sample_ids`` are the samples' ids, for messages about bad batches; ``rows`` say which records were read and
-    skipped, to be counted in the main process.
+    skipped, to be counted in the main process. Where features are kept, ``feature_keys`` say of each medium that goes
+    through the tower its name and tokens, and ``features_read`` how many do not.
 
     Args:
         collator: Rows to model inputs.
@@ -87,4 +88,15 @@ class BatchWithIds:
         batch = self.collator(rows)
         batch["sample_ids"] = [encoded.sample_id for row in rows for encoded in row]
         batch["rows"] = [Row((), row.read, row.skipped) for row in rows if isinstance(row, Row)]
+        documents = [encoded for row in rows for encoded in row if encoded.keys]
+        if documents:
+            batch["feature_keys"] = [pair for encoded in documents for pair in _wanted(encoded)]
+            batch["features_read"] = sum(map(len, (encoded.keys for encoded in documents))) - len(batch["feature_keys"])
         return batch
+
+
+def _wanted(encoded: Encoded) -> Iterator[tuple[str, int]]:
+    """Yield name and tower tokens of the media of a sample whose features are not known."""
+    for medium, key in enumerate(encoded.keys):
+        if not encoded.kept or encoded.kept[medium] is None:
+            yield key, sum(item.grid.num_tokens for item in encoded.items if item.medium == medium)

@@ -97,6 +97,7 @@ def run_stage(
     from sparsevlm.train.balance import balance_callbacks
     from sparsevlm.train.callbacks import MetricsWriter, ProgressLine, read_metrics
     from sparsevlm.train.data import make_collator, stage_data
+    from sparsevlm.train.feature_cache import CachingTrainer, open_store
     from sparsevlm.train.loader import fit_rows
     from sparsevlm.train.parts import count_parameters, select_trainable
     from sparsevlm.train.trainer import VLMTrainer
@@ -126,14 +127,15 @@ def run_stage(
     parameters = count_parameters(model)
     if main:
         print_trainable(report, name, console)
-    data = stage_data(fitted, name, model, processor, stage_dir / SKIPPED)
+    store = open_store(recipe, name, model, console if main else None)
+    data = stage_data(fitted, name, model, processor, stage_dir / SKIPPED, store)
     parent = None if stage.adapter is None or start is None else weights_hash(start)
     marker = _marker(recipe, name, sharded, data.fingerprint) | ({"parent": parent} if parent else {})
     if resume is not None:
         _check_resume(resume, marker, stage_dir)
     set_num_steps(args, stage, data.num_steps)
     progress = ProgressLine(name, console, **_shown_routers(model))
-    trainer = VLMTrainer(
+    trainer = (VLMTrainer if store is None else partial(CachingTrainer, store=store))(
         model,
         args,
         processor=processor,
@@ -157,6 +159,8 @@ def run_stage(
     save_output(trainer, recipe, stage_dir, start)
     if not main:
         return None
+    if isinstance(trainer, CachingTrainer):
+        console.print(f"{name}: {trainer.describe()}", highlight=False)
     if data.skips.skipped:
         console.print(f"{name}: {data.skips.summary()}; see {stage_dir / SKIPPED}", highlight=False)
     trained = trained_model(trainer, recipe, stage_dir)

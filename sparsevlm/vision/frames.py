@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 from sparsevlm.vision.tokens import Grid, MediaKind
 
@@ -41,6 +41,46 @@ def frame_positions(grids: Sequence[Grid], kinds: Sequence[MediaKind], owners: S
         positions += range(run, run + grid.t)
         run += grid.t
     return tuple(positions)
+
+
+class Block(NamedTuple):
+    """Some of the frames of a batch.
+
+    Attributes:
+        grids: Items of these frames alone.
+        frames: Which frames they are.
+        rows: Which rows of the pixels.
+    """
+
+    grids: tuple[Grid, ...]
+    frames: slice
+    rows: slice
+
+
+def frame_blocks(grids: Sequence[Grid], most: int, packed: bool) -> list[Block]:
+    """Return the frames of items in blocks, in order.
+
+    Args:
+        grids: Of the items.
+        most: Rows of a block; a frame that has more by itself is one.
+        packed: A frame is as many rows as it has tokens (patches), else one row.
+    """
+    blocks: list[Block] = []
+    own: list[Grid] = []
+    first = frame = start = row = 0
+    for grid in grids:
+        size = grid.h * grid.w if packed else 1
+        left = grid.t
+        while left:
+            take = min(left, (most - (row - start)) // size)
+            if not take and row > start:
+                blocks.append(Block(tuple(own), slice(first, frame), slice(start, row)))
+                own, first, start = [], frame, row
+                continue
+            take = max(take, 1)
+            own.append(grid._replace(t=take))
+            frame, row, left = frame + take, row + take * size, left - take
+    return [*blocks, Block(tuple(own), slice(first, frame), slice(start, row))]
 
 
 @contextmanager
