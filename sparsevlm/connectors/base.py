@@ -179,7 +179,10 @@ def map_frames(tokens: VisualTokens, dim: int, function: Callable[[Tensor], Tens
 
 
 def map_items(
-    tokens: VisualTokens, dim: int, function: Callable[[Tensor, Grid, list[int]], Tensor | list[Tensor]]
+    tokens: VisualTokens,
+    dim: int,
+    function: Callable[[Tensor, Grid, list[int]], Tensor | list[Tensor]],
+    module: nn.Module,
 ) -> Tensor:
     """Apply a function of whole items to all, those of one grid together.
 
@@ -188,19 +191,26 @@ def map_items(
         dim: Width D' that the function returns; the answer's width when there are no items.
         function: ``(I, n, D)``, their grid, their numbers ``-> (I, n', D')``, or a list of I ``(n', D')`` where n'
             differs; each item's result must depend on that item alone.
+        module: Whose weights the function uses.
 
     Returns:
         ``(N', D')``, items in order.
     """
     import torch
 
+    from sparsevlm.connectors.sharded import most_calls
+
     of_grid: dict[Grid, list[int]] = defaultdict(list)
     for item, grid in enumerate(tokens.grids):
         of_grid[grid].append(item)
     if not of_grid:
         return tokens.features.new_zeros(0, dim)
+    idle = most_calls(len(of_grid), module, tokens.features.device) - len(of_grid)
     parts = tokens.split()
     results: dict[int, Tensor] = {}
     for grid, items in of_grid.items():
         results.update(zip(items, function(torch.stack([parts[item] for item in items]), grid, items)))
-    return torch.cat([results[item] for item in range(len(parts))])
+    result = torch.cat([results[item] for item in range(len(parts))])
+    for _ in range(idle):
+        result = result + 0.0 * function(parts[0][None], tokens.grids[0], [0])[0].sum()
+    return result

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from sparsevlm.connectors.base import BlockSpec, GuideText, map_items
 from sparsevlm.connectors.qformer import QFormerBlock, QFormerSpec, guides_of
+from sparsevlm.connectors.sharded import most_calls
 from sparsevlm.registry import CONNECTOR_BLOCKS
 from sparsevlm.vision.tokens import Grid, MediaKind, VisualTokens
 
@@ -150,12 +151,16 @@ class ContextTokenBlock(nn.Module):
                 for context, content in zip(contexts.split(grid.t), contents)
             ]
 
-        return tokens.with_features(map_items(tokens, self.text_dim, make), grids)
+        return tokens.with_features(map_items(tokens, self.text_dim, make, self), grids)
 
     def _contexts(self, frames: Tensor, guides: tuple[Tensor, Tensor]) -> Tensor:
         """Return the context tokens ``(B, H)`` of frames ``(B, p + n, D)``, `FRAMES` at a time."""
-        parts = zip(*(each.split(FRAMES) for each in (frames, *guides)))
-        return torch.cat([self._context(some, ids, mask) for some, ids, mask in parts])
+        parts = list(zip(*(each.split(FRAMES) for each in (frames, *guides))))
+        idle = most_calls(len(parts), self, frames.device) - len(parts)
+        contexts = torch.cat([self._context(some, ids, mask) for some, ids, mask in parts])
+        for _ in range(idle):
+            contexts = contexts + 0.0 * self._context(*(each[:1] for each in parts[0])).sum()
+        return contexts
 
     def _context(self, frames: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """Return the same; the values of the attention are the patches themselves."""

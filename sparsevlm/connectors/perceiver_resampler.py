@@ -129,7 +129,7 @@ class PerceiverResamplerBlock(nn.Module):
     def forward(self, tokens: VisualTokens) -> VisualTokens:
         """Resample every item; items of one size are done together."""
         grids = [self.spec.output_grid(grid, kind) for grid, kind in zip(tokens.grids, tokens.kinds)]
-        return tokens.with_features(map_items(tokens, self.dim, self._resample), grids)
+        return tokens.with_features(map_items(tokens, self.dim, self._resample, self), grids)
 
     def _resample(self, features: Tensor, grid: Grid, _: list[int]) -> Tensor:
         """Read items of one grid, ``(I, n, D) -> (I, n', C)``."""

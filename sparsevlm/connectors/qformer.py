@@ -126,7 +126,7 @@ class QFormerBlock(nn.Module):
             guides = guides_of(tokens.guides, items, sets) if self.spec.instruction else None
             return self.read(frames, guides).unflatten(0, (-1, sets)).flatten(1, 2)
 
-        return tokens.with_features(map_items(tokens, self.spec.dim, read), grids)
+        return tokens.with_features(map_items(tokens, self.spec.dim, read, self), grids)
 
     def read(self, frames: Tensor, guides: tuple[Tensor, Tensor] | None) -> Tensor:
         """Return what the queries read, ``(B, m, C)``.

@@ -234,3 +234,14 @@ def test_state_is_not_changed_by_a_forward(raw):
     assert torch.equal(first, block(tokens).features)
     assert torch.equal(tokens.features, features)
     assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
+
+
+@every_block
+def test_calls_that_only_other_processes_need_change_nothing(raw, monkeypatch):
+    """Under ZeRO-3 all processes call a block's parts equally often."""
+    tokens = random_tokens(parse_block(raw))
+    block = build(raw)
+    alone = block(tokens).features
+    for name in ("sharded", "context_token"):
+        monkeypatch.setattr(f"sparsevlm.connectors.{name}.most_calls", lambda calls, *_: calls + 2)
+    torch.testing.assert_close(block(tokens).features, alone, rtol=0, atol=0)
