@@ -15,6 +15,7 @@ from sparsevlm.chat import Chat, ChatOptions
 from sparsevlm.cli import app
 from sparsevlm.data.sample import Media, Message, Sample
 from sparsevlm.export.card import make_card
+from sparsevlm.export.hub import push
 from sparsevlm.export.hub_files import read_source
 from sparsevlm.export.stream import upcycle_checkpoint
 from sparsevlm.model.build import load_model
@@ -24,10 +25,13 @@ from sparsevlm.train.launch import train
 from sparsevlm.train.parts import parts_of
 from sparsevlm.vision.tokens import MediaKind
 from tests import tiny
+from tests.export import conftest
+from tests.export.hub_server import GOOD, Hub
 from tests.train.runs import write_data
 
 CROSS = {"type": "gated_cross_attention", "every": 1, "heads": 2, "head_dim": 8}
 MODELS = {"cross": {"fusion": CROSS, "connector": [{"type": "mlp", "dim": 24}]}}
+server = conftest.server
 LORA = {"type": "lora", "r": 4, "targets": ["language"]}
 
 
@@ -176,6 +180,17 @@ def test_report_card_and_evaluation(run: Path, tmp_path: Path) -> None:
     assert "fusion" in (tmp_path / "page.html").read_text()
     card = make_card(read_source(run / "fuse"), "me/fused")
     assert "Its layers reach visual tokens by" in card and "| fuse | connector, fusion |" in card
+
+
+@pytest.mark.parametrize("stage", ["fuse", "lora"])
+def test_pushed_to_a_hub_and_loaded_from_there(run: Path, tmp_path: Path, server: Hub, stage: str) -> None:
+    push(run / stage, "me/fused", token=GOOD, endpoint=server.endpoint)
+    for name, content in server.files("me/fused").items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    loaded, processor = load_model(tmp_path, base=None if stage == "fuse" else run / "fuse")
+    batch = asked(processor, "red", "blue")
+    assert torch.equal(logits(loaded, batch), logits(load_model(run / stage)[0], batch))
 
 
 def test_native_export_refuses_and_our_class_does_not(run: Path, tmp_path: Path) -> None:
