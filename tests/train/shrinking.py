@@ -72,7 +72,10 @@ BLOCKS: dict[str, Callable[[Options, str], Options]] = {
 """Block type -> what changes, from all its options and the directory of a tiny tokenizer."""
 
 
-FUSIONS: dict[str, Options] = {"gated_cross_attention": {"every": 1, "heads": 2, "head_dim": 8, "ff_mult": 2}}
+FUSIONS: dict[str, Options] = {
+    "gated_cross_attention": {"every": 1, "heads": 2, "head_dim": 8, "ff_mult": 2},
+    "visual_expert": {},  # as large as what it doubles
+}
 """Type of a fusion -> options that make it small."""
 
 
