@@ -1,10 +1,11 @@
-"""A fusion on two processes trains like on one: ZeRO-2 and ZeRO-3, a rank with text alone in some steps.
+"""A fusion on two processes trains like on one: ZeRO-2 and ZeRO-3, a rank with text or with clips alone in some steps.
 
 ZeRO-3 runs as `strict_zero` sets it: with tiny models DeepSpeed would otherwise keep everything gathered.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,8 @@ from sparsevlm.model.build import load_model
 from sparsevlm.train import launch
 from sparsevlm.train.launch import train
 from tests import tiny
-from tests.train.runs import metrics, write_recipe
+from tests.data.media_files import write_video
+from tests.train.runs import metrics, write_data, write_recipe
 from tests.train.test_sharding import BATCH, COMPARED
 
 pytest.importorskip("deepspeed")
@@ -28,9 +30,8 @@ pytestmark = [
 ]
 
 CROSS = {"type": "gated_cross_attention", "every": 1, "heads": 2, "head_dim": 8}
-FUSIONS: dict[str, dict[str, Any]] = {
-    "cross": {"fusion": CROSS, "connector": [{"type": "perceiver_resampler", "latents": 4, "depth": 1, "heads": 2}]},
-}
+RESAMPLER = {"type": "perceiver_resampler", "latents": 4, "depth": 1, "heads": 2, "time_frames": 2}
+FUSIONS: dict[str, dict[str, Any]] = {"cross": {"fusion": CROSS, "connector": [RESAMPLER]}}
 
 
 @pytest.fixture(autouse=True)
@@ -59,11 +60,19 @@ def single(tiny_parts: dict[str, str], tmp_path_factory: pytest.TempPathFactory)
 
 
 def recipe_of(directory: Path, parts: dict[str, str], name: str, zero: int = 0) -> Path:
-    """Write a recipe that upcycles a layer beside the fusion and trains both. Every third row is text only."""
+    """Write a recipe that upcycles a layer beside the fusion and trains both, on text, pictures and clips alike."""
+    file = write_data(directory / "data", rows=24)
+    write_video(file.parent / "clip.mp4", frames=4, fps=2)
+    records = json.loads(file.read_text())
+    for record in records[1::3]:
+        del record["image"]
+        record["video"] = "clip.mp4"
+        record["conversations"][0]["value"] = "<video>\nwhat color is this ?"
+    file.write_text(json.dumps(records))
     stage = {
         "trains": ["connector", "fusion", "moe"],
         "upcycle": {"layers": [1], "aux_loss_coef": 0.1},
-        "batch": BATCH,
+        "batch": {**BATCH, "rows_per_rank": 2},
         "gradient_checkpointing": True,
     }
     return write_recipe(
@@ -72,7 +81,9 @@ def recipe_of(directory: Path, parts: dict[str, str], name: str, zero: int = 0) 
         only=["moe"],
         sharding={"zero": zero},
         stage=stage,
-        model=tiny.recipe_model(parts, **FUSIONS[name]).model_dump(mode="json", exclude_unset=True),
+        model=tiny.recipe_model(parts, video={"fps": None, "max_frames": 3}, **FUSIONS[name]).model_dump(
+            mode="json", exclude_unset=True
+        ),
     )
 
 
