@@ -33,6 +33,8 @@ class Optim(Strict):
     """Learning rates of single parts."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Decay after warmup, to zero at the last step (`constant`: none)."""
+    min_lr: float = Field(default=0.0, ge=0)
+    """Rate that `cosine` decays to instead of zero; those of single parts end in the same proportion to their peaks."""
     warmup: float = Field(default=0.03, ge=0)
     """Share of the steps below 1, number of steps from 1 on."""
     weight_decay: float = Field(default=0.0, ge=0)
@@ -43,6 +45,15 @@ class Optim(Strict):
     """AdamW's epsilon."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Clip the gradient norm; 0 turns clipping off."""
+
+    @classmethod
+    def cross_faults(cls, raw: dict[str, Any]) -> Iterator[CrossFault]:
+        """See `Strict`."""
+        least, most = number(raw.get("min_lr", 0)), number(raw.get("lr", 1e-4))
+        if least and raw.get("schedule", "cosine") != "cosine":
+            yield ("min_lr",), f"only 'schedule: cosine' decays to a rate, the schedule is {raw['schedule']!r}"
+        if least is not None and most is not None and least > most:
+            yield ("min_lr",), f"{least:g} is more than the peak learning rate {most:g}"
 
 
 class Sharding(Strict):

@@ -125,6 +125,11 @@ def test_faults_inside_the_member_of_a_union_that_the_value_has_the_shape_of(wri
         (("steps: 10\n", "steps: 10\n    upcycle: {}\n"), "23:5: stages.moe.upcycle: "),
         (("{lr: 1e-3}", "{lr: 1e-3, warmup: 11}"), "17:31: stages.align.optim.warmup: "),
         (("{lr: 1e-3}", "{part_lr: {language: 1}}"), "17:23: stages.align.optim.part_lr.language: "),
+        (("{lr: 1e-3}", "{lr: 1e-3, min_lr: 2e-3}"), "17:31: stages.align.optim.min_lr: 0.002 is more than the peak"),
+        (
+            ("{lr: 1e-3}", "{min_lr: 1e-6, schedule: linear}"),
+            "17:21: stages.align.optim.min_lr: only 'schedule: cosine' decays to a rate",
+        ),
         (("{lr: 1e-3}", "{lr: .inf}"), "17:17: stages.align.optim.lr: expected a finite number"),
         (("data: [words, clips]", "data: [words, words]"), "20:19: stages.moe.data.1: "),
         (("data: [words, clips]", "data: {words: 1}"), "20:5: stages.moe.data: "),

@@ -170,12 +170,14 @@ def test_a_frozen_tower_runs_in_eval_mode_without_grad(parts: Any, built: Any, t
     assert set(seen) == {(trained, trained)}
 
 
-def test_each_part_follows_its_own_schedule(parts: Any, built: Any, tmp_path: Path) -> None:
-    optim = {"lr": 1e-3, "part_lr": {"language": 1e-4}, "schedule": "cosine", "warmup": 2}
+@pytest.mark.parametrize("least", [0.0, 4e-4])
+def test_each_part_follows_its_own_schedule(least: float, parts: Any, built: Any, tmp_path: Path) -> None:
+    optim = {"lr": 1e-3, "part_lr": {"language": 1e-4}, "schedule": "cosine", "warmup": 2, "min_lr": least}
     recipe = toy_recipe(parts, steps=6, optim=optim)
     run(recipe, built, tmp_path)
     rates = [row["lr"] for row in read_metrics(tmp_path / "metrics.jsonl")]
-    factors = [0.0, 0.5] + [0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(4)]
+    low = least / 1e-3
+    factors = [0.0, 0.5] + [low + (1 - low) * 0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(4)]
     assert [rate["connector"] for rate in rates] == pytest.approx([1e-3 * f for f in factors])
     assert [rate["language"] for rate in rates] == pytest.approx([1e-4 * f for f in factors])
 
