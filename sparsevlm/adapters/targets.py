@@ -165,8 +165,6 @@ def _towers(model: Any, names: dict[int, str]) -> list[_Tower]:
     from sparsevlm.vision.side_by_side import each_tower  # a model of transformers: brings in all that is registered
 
     found = []
-    # Not at import: it imports the Auto classes, whose import ends with that of our models, which import this.
-
     for tower, chosen in each_tower(model.model.vision_tower, model.config.vision_feature_layer):
         prefix = f"{names[id(tower)]}."
         try:

@@ -101,6 +101,7 @@ class Tally:
             "layers": list(self.settings["layers"]),
             "num_experts": self.experts,
             "num_experts_per_tok": self.settings["num_experts_per_tok"],
+            "scoring": self.settings.get("scoring_func", "softmax"),
             "samples": samples,
             "tokens": count_modalities(self.sums),
             "load": {name: [layer["load"][name] for layer in layers] for name in present},

@@ -12,7 +12,7 @@ from sparsevlm.fusion.cross_attention import GatedCrossAttention
 from sparsevlm.fusion.visual_expert import install_experts
 from sparsevlm.moe.router import mark_initialized
 from sparsevlm.recipe.fusion import Fusion, GatedCrossAttentionFusion, VisualExpertFusion
-from sparsevlm.surgery import decoder_layers, prepend_to_layers
+from sparsevlm.surgery import decoder_layers, prepend_to_layers, resolve_layers
 
 _FUSION: TypeAdapter[GatedCrossAttentionFusion | VisualExpertFusion] = TypeAdapter(Fusion)
 
@@ -43,6 +43,8 @@ def check_fusion(fusion: dict[str, Any] | None, layers: int) -> None:
             f"fusion: a block before every {spec.every}th layer, but the language model has {layers} layers; set "
             f"model.fusion.every to {layers} or less"
         )
+    if isinstance(spec, VisualExpertFusion):
+        resolve_layers(spec.layers, layers)
 
 
 def install_fusion(

@@ -86,6 +86,12 @@ class Stage:
         return experts if self.group == LORA_EXPERTS else self.planned.get("upcycle") or {}
 
     @property
+    def by_modality(self) -> bool:
+        """Whether tokens go to experts by what they are: nothing there is learned or to be balanced."""
+        router = self._planned_routers.get("router") or {}
+        return (self.routing.scoring if self.routing is not None else router.get("scoring")) == "modality"
+
+    @property
     def experts_per_token(self) -> int | None:
         """Experts a token is sent to; None where no file says it."""
         if self.routing is not None:

@@ -87,6 +87,7 @@ class Routing:
         transitions: Modality -> ``(L - 1, E, E)`` shares of the tokens going from an expert to one of the next layer.
         pathways: Modality -> (expert of each layer, share of the tokens), the commonest first.
         pictures: See `Picture`.
+        scoring: How experts are chosen, as in a recipe's `router.scoring`.
     """
 
     layers: list[int]
@@ -101,6 +102,7 @@ class Routing:
     transitions: dict[str, Array]
     pathways: dict[str, list[tuple[tuple[int, ...], float]]]
     pictures: list[Picture]
+    scoring: str = "softmax"
 
 
 def live_routing(rows: Sequence[Mapping[str, Any]], group: str = MOE) -> LiveRouting | None:
@@ -236,6 +238,7 @@ def read_routing(document: Mapping[str, Any], folder: Path) -> Routing:
                 for key in _modalities([pathways])
             },
             pictures=[_picture(entry, folder, shape[0]) for entry in document.get("pictures", [])],
+            scoring=str(document.get("scoring", "softmax")),
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"not what sparsevlm writes: {type(error).__name__} {error}") from None

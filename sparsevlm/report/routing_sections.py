@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from sparsevlm.report import flow, live_plots, maps
@@ -20,9 +22,10 @@ def routing_section(stage: Stage) -> Section | None:
     of_adapter = stage.group == LORA_EXPERTS
     prefix = f"{slug(stage.name)}_" + (f"{LORA_EXPERTS}_" if of_adapter else "")
     if stage.live is not None:
-        plots += _live_plots(stage.live, stage.experts_per_token)
+        plots += _live_plots(stage.live, stage.experts_per_token, stage.by_modality)
     if stage.routing is not None:
-        more, tables = _final_plots(stage.routing), _tables(stage.routing)
+        routing = _by_modality(stage.routing) if stage.by_modality else stage.routing
+        more, tables = _final_plots(routing), _tables(routing)
         plots += more
     elif stage.live is not None:
         plots.append(_last_load(stage.live))
@@ -43,10 +46,15 @@ def _introduction(stage: Stage) -> list[str]:
         notes.append(
             f"{len(found.layers)} {what}{chosen}; the fair share of an expert is {percent(1 / found.num_experts)}."
         )
+    if stage.by_modality:
+        notes.append(
+            "Tokens go to experts by what they are: text to expert 0, visual tokens to expert 1. Nothing is learned or "
+            "balanced there; how far the two have moved apart is what training changes."
+        )
     if stage.routing is not None:
         tokens = ", ".join(f"{n:,} {kind}" for kind, n in stage.routing.tokens.items())
         notes.append(f"Measured after training on {stage.routing.samples} samples: {tokens} tokens.")
-        if len(stage.routing.layers) == 1:
+        if len(stage.routing.layers) == 1 and not stage.by_modality:
             notes.append("Pathways need two layers with experts; there is one.")
     elif stage.complete:
         notes.append(
@@ -57,9 +65,16 @@ def _introduction(stage: Stage) -> list[str]:
     return notes
 
 
-def _live_plots(live: LiveRouting, top_k: int | None) -> list[Plot]:
+def _by_modality(routing: Routing) -> Routing:
+    """Leave out what says nothing where nothing is chosen: balance, certainty, pathways, pictures of one colour."""
+    return replace(routing, entropy={}, measures={}, transitions={}, pathways={}, pictures=[])
+
+
+def _live_plots(live: LiveRouting, top_k: int | None, by_modality: bool) -> list[Plot]:
     plots = []
-    balance = live_plots.balance(live, top_k)
+    if by_modality:
+        live = replace(live, entropy={}, measures={k: v for k, v in live.measures.items() if k == "similarity"})
+    balance = None if by_modality else live_plots.balance(live, top_k)
     if balance is not None:
         caption = (
             "The number of the progress line: exp(entropy of the load) / experts in the layer where it is least. "

@@ -30,7 +30,11 @@ from tests.export.hub_server import GOOD, Hub
 from tests.train.runs import write_data
 
 CROSS = {"type": "gated_cross_attention", "every": 1, "heads": 2, "head_dim": 8}
-MODELS = {"cross": {"fusion": CROSS, "connector": [{"type": "mlp", "dim": 24}]}}
+MARKS = {"type": "layout", "row_end": "none", "start": True, "end": True}
+MODELS = {
+    "cross": {"fusion": CROSS, "connector": [{"type": "mlp", "dim": 24}]},
+    "expert": {"fusion": {"type": "visual_expert", "layers": [0]}, "connector": [{"type": "mlp"}, MARKS]},
+}
 server = conftest.server
 LORA = {"type": "lora", "r": 4, "targets": ["language"]}
 
@@ -77,7 +81,8 @@ def recipe_of(directory: Path, parts: dict[str, str], name: str) -> Path:
 def run(request: pytest.FixtureRequest, tiny_parts: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp(request.param)
     fuse, lora = train(recipe_of(directory, tiny_parts, request.param))
-    assert fuse.loss_last < fuse.loss_first - 0.3  # measured: 4.02 to 3.52
+    # measured: 4.02 to 3.52; 4.03 to 3.90, as no text token passes what trains, and the layers it passes are random
+    assert fuse.loss_last < fuse.loss_first - {"cross": 0.3, "expert": 0.08}[request.param]
     assert lora.loss_last < fuse.loss_first
     return directory / "run"
 
@@ -104,7 +109,7 @@ def logits(model: Any, batch: Any) -> torch.Tensor:
 def test_the_language_model_stays_and_the_fusion_learns(run: Path, tiny_parts: dict[str, str]) -> None:
     model, processor = load_model(run / "fuse")
     start = load_file(Path(tiny_parts["language"]) / "model.safetensors")
-    ours = model.state_dict()
+    ours = {name.replace(".text_expert", ""): weight for name, weight in model.state_dict().items()}
     for name, weight in start.items():
         if "embed" not in name and "lm_head" not in name:  # they have rows for the placeholders now
             assert torch.equal(ours[name.replace("model.", "model.language_model.", 1)], weight), name
@@ -121,7 +126,7 @@ def test_the_adapter_holds_what_trained_beside_it(run: Path) -> None:
     assert fused and all(name.startswith(tuple(f"{block}." for block in blocks)) for name in fused)
     parent, _ = load_model(run / "fuse")
     before, now = dict(parent.named_parameters()), dict(model.named_parameters())
-    assert all(not torch.equal(now[name], before[name]) for name in fused if name.endswith("_gate"))
+    assert all(not torch.equal(now[name], before[name]) for name in fused if name.endswith(("_gate", "proj.weight")))
     assert processor.tokenizer is not None
 
 

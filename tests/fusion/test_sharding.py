@@ -31,7 +31,13 @@ pytestmark = [
 
 CROSS = {"type": "gated_cross_attention", "every": 1, "heads": 2, "head_dim": 8}
 RESAMPLER = {"type": "perceiver_resampler", "latents": 4, "depth": 1, "heads": 2, "time_frames": 2}
-FUSIONS: dict[str, dict[str, Any]] = {"cross": {"fusion": CROSS, "connector": [RESAMPLER]}}
+FUSIONS: dict[str, dict[str, Any]] = {
+    "cross": {"fusion": CROSS, "connector": [RESAMPLER]},
+    "expert": {"fusion": {"type": "visual_expert", "layers": [0]}},
+    "sparse": {"fusion": {"type": "visual_expert", "ffn": False}},
+}
+ROUTED = {"layers": [1], "aux_loss_coef": 0.1}
+BY_MODALITY = {"layers": "all", "experts": 2, "top_k": 1, "aux_loss_coef": 0, "router": {"scoring": "modality"}}
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +77,7 @@ def recipe_of(directory: Path, parts: dict[str, str], name: str, zero: int = 0) 
     file.write_text(json.dumps(records))
     stage = {
         "trains": ["connector", "fusion", "moe"],
-        "upcycle": {"layers": [1], "aux_loss_coef": 0.1},
+        "upcycle": BY_MODALITY if name == "sparse" else ROUTED,
         "batch": {**BATCH, "rows_per_rank": 2},
         "gradient_checkpointing": True,
     }
@@ -101,7 +107,7 @@ def test_two_processes_give_the_loss_curve_and_the_model_of_one(
     left, right = (load_file(run / "moe" / "model.safetensors") for run in (one, two))
     assert left.keys() == right.keys()
     gates = [name for name in left if name.endswith("_gate")]
-    assert gates and all(left[name].any() for name in gates)
+    assert bool(gates) == ("gated" in FUSIONS[name]["fusion"]["type"]) and all(left[name].any() for name in gates)
     for key, tensor in left.items():
         assert torch.allclose(tensor, right[key], atol=1e-4), key
     load_model(two / "moe")

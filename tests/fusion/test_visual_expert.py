@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
+from sparsevlm.adapters.attach import attach
 from sparsevlm.fusion.positions import position_shift, tell_visual
 from sparsevlm.fusion.visual_expert import ByModality, install_experts
 from sparsevlm.model.configuration_text import SparseVLMTextConfig
@@ -18,17 +20,21 @@ from sparsevlm.moe.block import MoeConfig, SparseMoeBlock
 from sparsevlm.moe.metrics import measure_routing, summarise_routing, token_modality
 from sparsevlm.moe.modality import ModalityRouter, telling_apart
 from sparsevlm.moe.upcycle import upcycle_model
+from sparsevlm.recipe.adapter import Adapter
 from sparsevlm.recipe.fusion import VisualExpertFusion
+from sparsevlm.recipe.load import RecipeError
 from sparsevlm.recipe.moe import Upcycle
+from sparsevlm.report.read import Stage
+from sparsevlm.report.routing import live_routing
+from sparsevlm.report.routing_sections import routing_section
 from sparsevlm.surgery import decoder_layers
-from sparsevlm.train import launch
+from sparsevlm.train.plan import plan
 from sparsevlm.vision.tokens import Grid, MediaKind, VisualTokens
 from tests import tiny
 from tests.fusion.common import IMAGE, build, disturb, packed, padded, pictures
 from tests.moe.common import CONFIGS
 from tests.moe.common import build as build_decoder
-from tests.train.runs import write_recipe
-from tests.train.test_sharding import BATCH, assert_alike
+from tests.train.planned import recipe_of
 
 EXPERT: dict[str, Any] = {"type": "visual_expert"}
 PLACES = {**EXPERT, "attention": False, "ffn": False}  # positions alone
@@ -395,36 +401,42 @@ def test_fusion_faults() -> None:
         VisualExpertFusion.model_validate({**EXPERT, **nothing})
 
 
-@pytest.mark.slow  # three runs of a minute
-@pytest.mark.parametrize("sparse", [False, True])
-def test_two_processes_train_like_one(
-    tiny_parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sparse: bool
-) -> None:
-    """ZeRO-3 that lets go of every weight at once; every third row is text: some step has a rank without pictures."""
-    pytest.importorskip("deepspeed")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    call = launch._call
+@pytest.mark.parametrize(
+    ("adapter", "match"),
+    [
+        ({"type": "mma"}, "neither these nor text"),
+        ({"type": "lora_experts"}, r"layer 0 .* has no FFN"),
+        ({"type": "partial_lora"}, "does not see visual tokens"),
+    ],
+)
+def test_adapters_that_need_all_tokens_are_refused(adapter: dict[str, Any], match: str) -> None:
+    section = TypeAdapter(Adapter).validate_python(adapter)
+    with torch.device("meta"):
+        model = build(EXPERT)
+    with pytest.raises(ValueError, match=match):
+        attach(model, section)
 
-    def strict(command: list[str], *args: Any) -> int:
-        return call([{"sparsevlm.train.launch": "tests.train.strict_zero"}.get(word, word) for word in command], *args)
 
-    monkeypatch.setattr(launch, "_call", strict)
-    fusion, name = (ATTENTION, "moe") if sparse else (EXPERT, "align")
-    stage: dict[str, Any] = {"trains": ["connector", "fusion", "moe"] if sparse else ["connector", "fusion"]}
-    stage |= {"upcycle": SPARSE.model_dump(exclude_unset=True)} if sparse else {}
-    stage |= {"batch": BATCH, "gradient_checkpointing": True}
-    model = tiny.recipe_model(tiny_parts, fusion=fusion).model_dump(mode="json")
-    runs = []
-    for zero, processes in ((0, 1), (3, 2)):
-        directory = tmp_path / str(processes)
-        file = write_recipe(
-            directory,
-            tiny_parts,
-            only=["moe" if sparse else "align"],
-            model=model,
-            stage=stage,
-            sharding={"zero": zero},
-        )
-        launch.train(file, nproc=processes)
-        runs.append(directory / "run")
-    assert_alike(*runs, stage=name)
+def test_layers_that_are_not_there_are_a_fault_of_the_plan(tiny_parts: dict[str, str]) -> None:
+    with pytest.raises(RecipeError, match=r"between 0 and 1") as caught:
+        plan(recipe_of(tiny_parts, model={"fusion": {**EXPERT, "layers": [0, 2]}}))
+    assert [fault.path for fault in caught.value.faults] == ["model.fusion"]
+
+
+def test_report_leaves_out_what_says_nothing() -> None:
+    load = {"all": [0.25, 0.75], "text": [1.0, 0.0], "image": [0.0, 1.0]}
+    numbers = {"load": load, "similarity": 0.9, "entropy": {"all": 0.0}, "max_violation": 0.5, "logit_rms": 0.0}
+    rows = [{"step": i, "moe": {"balance": 0.87, "layer_0": numbers, "layer_1": numbers}} for i in (1, 2)]
+    for scoring, titles in (
+        (
+            "modality",
+            {"Expert load over time", "Routing health by layer, over time", "Expert load by layer and modality"},
+        ),
+        ("softmax", {"Balance over time"}),
+    ):
+        planned = {"upcycle": {"top_k": 1, "router": {"scoring": scoring}}}
+        section = routing_section(Stage("moe", False, rows, planned=planned, live=live_routing(rows)))
+        assert section is not None
+        found = {plot.title for plot in section.plots}
+        assert (found == titles) if scoring == "modality" else titles < found
+        assert ("text to expert 0" in " ".join(section.notes)) == (scoring == "modality")

@@ -12,7 +12,7 @@ from sparsevlm.adapters.targets import TargetError, resolve_targets
 from sparsevlm.adapters.token_lora.config import TokenLoraConfig
 from sparsevlm.moe.block import SparseMoeBlock
 from sparsevlm.recipe.adapter.selective import PartialLora, SliceLora
-from sparsevlm.surgery import in_fusion
+from sparsevlm.surgery import TEXT_TWIN, in_fusion
 
 
 def prepare(model: Any, spec: PartialLora | SliceLora) -> Prepared:
@@ -44,6 +44,8 @@ def _check(model: Any, target: str, root: str) -> None:
             wrong = f"is not below {root.removesuffix('.')}; write a pattern of whole names, as {root}*{target}"
         elif in_fusion(name):
             wrong = "is what the fusion added, which does not meet each token once"
+        elif TEXT_TWIN in name.split("."):
+            wrong = "does not see visual tokens, which pass the visual expert beside it"
         elif sparse and name.startswith(sparse):
             wrong = "is in an MoE layer, whose experts do not see which token is which"
         elif not isinstance(model.get_submodule(name), (nn.Linear, Conv1D)):
