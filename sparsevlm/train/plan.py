@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sparsevlm.adapters.attach import AdapterReport
-from sparsevlm.model.modeling_sparsevlm import SparseVLMForConditionalGeneration
+from sparsevlm.model.modeling_sparsevlm import SparseVLMForConditionalGeneration, connector_widths
 from sparsevlm.recipe.hub import describe_hub
 from sparsevlm.recipe.load import RecipeError
 from sparsevlm.recipe.schema import Recipe, Stage
@@ -82,8 +82,23 @@ def plan(recipe: Recipe, media: Sequence[str] = (), *, world: int = 1) -> dict[s
     if keeps_apart(recipe):
         beside = [f"{m.name}: {visual_tokens(recipe, pictures[max(pictures)], m):,}" for m in counted]
         check.notes.append(f"media stay beside the text, one token each; visual tokens there: {', '.join(beside)}")
+    if recipe.feature_cache is not None:
+        widest = pictures[max(pictures)]
+        items = {medium.name: items_of(recipe, widest, medium) for medium in counted}
+        check.notes.append(_cached(recipe, connector_widths(config)[1][0], items))
     uploads = None if recipe.hub is None else describe_hub(recipe.hub, list(recipe.stages))
     return {"recipe": recipe.name, "stages": stages, "hub": uploads, "notes": check.notes}
+
+
+def _cached(recipe: Recipe, width: int, media: dict[str, list[ItemShape]]) -> str:
+    """Return what media take in the feature cache."""
+    assert recipe.feature_cache is not None
+    exact = recipe.model.dtype == "bfloat16" or all(stage.precision == "fp32" for stage in recipe.stages.values())
+    size = training_dtype(recipe).itemsize  # autocast leaves some features, those of a norm, in float32
+    numbers = {name: width * sum(item.grid.num_tokens for item in items) for name, items in media.items()}
+    listed = ", ".join(f"{name} takes {_bytes(count * size)}" for name, count in numbers.items())
+    limit = f"at most {recipe.feature_cache.max_gb:g} GB in all"
+    return f"feature cache {recipe.feature_cache.path}: {'' if exact else 'up to so much: '}{listed}; {limit}"
 
 
 def _describe_adapter(report: AdapterReport | None, recipe: Recipe) -> str | None:

@@ -297,3 +297,10 @@ def test_the_table_shows_every_stage(tiny_parts):
     text = stream.getvalue()
     for words in ("align", "instruct", "moe", "connector at 0.0001", "visual tokens, 40x30", "note: [x] not there"):
         assert words in text
+
+
+def test_says_what_a_medium_takes_in_the_feature_cache(tiny_parts):
+    recipe = recipe_of(tiny_parts, feature_cache={"path": "data/features", "max_gb": 2})
+    note = next(note for note in plan(recipe, ["640x480", "3f@64x64"])["notes"] if "cache" in note)
+    sizes = "640x480 takes 2.0 KiB, 3f@64x64 takes 6.0 KiB"  # 16 tokens x 32 numbers x 4 bytes, a frame
+    assert note == f"feature cache data/features: {sizes}; at most 2 GB in all"
