@@ -47,6 +47,15 @@ class TableRows(Rows):
         """Return one row."""
         return _name_labels(self._dataset[int(index)].to_pylist()[0], self._labels)
 
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns."""
+        return list(self._dataset.column_names)
+
+    def column(self, name: str) -> list[Any]:
+        """Return a column as a whole."""
+        return self._dataset.data.column(name).to_pylist()
+
     def where(self, index: int) -> str:
         """Return ``name:row 0``."""
         return f"{self.name}:row {index}"

@@ -104,7 +104,7 @@ class Language(Strict):
     """Hub id, local directory, or `sparsevlm:NAME` for a part that the package ships. Any causal language model."""
     chat_template: str = "auto"
     """`auto` takes the tokenizer's template if it marks the assistant's tokens, else refuses. Or one that the package
-    ships (`chatml`, `vicuna_v1`, `minigpt`, `yi_vl`, `qwen_vl`, `internlm_xcomposer`, `cogvlm`, `plain`), or a
+    ships (`chatml`, `vicuna_v1`, `minigpt`, `yi_vl`, `qwen_vl`, `internlm_xcomposer`, `cogvlm`, `otter`, `plain`), or a
     path to a Jinja file with `{% generation %}` markers."""
     extra_tokens: list[str] = []
     """Tokens added to the tokenizer, in this order, each one word of the vocabulary that stays in decoded answers; for

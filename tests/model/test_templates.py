@@ -38,6 +38,13 @@ def test_minigpt_v2() -> None:
     assert render("minigpt", VIDEO, add_generation_prompt=True)[0] == "<s>[INST] <video>\nwhat? [/INST]"
 
 
+def test_otter() -> None:
+    text, targets = render("otter", TALK)
+    assert text == "<s><image>User:[vqa] what? GPT:<answer>a cat</s>User:sure? GPT:<answer>yes</s>"
+    assert targets == ["a cat</s>", "yes</s>"]
+    assert render("otter", VIDEO, add_generation_prompt=True)[0] == "<s><video>User:what? GPT:<answer>"
+
+
 def test_yi_vl() -> None:
     text, targets = render("yi_vl", TALK)
     system, talk = text.split("\n\n")
