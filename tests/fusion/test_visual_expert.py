@@ -11,8 +11,10 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from sparsevlm.adapters.attach import attach
+from sparsevlm.export.stream import upcycle_checkpoint
 from sparsevlm.fusion.positions import position_shift, tell_visual
 from sparsevlm.fusion.visual_expert import ByModality, install_experts
+from sparsevlm.model.build import build_model, load_model
 from sparsevlm.model.configuration_text import SparseVLMTextConfig
 from sparsevlm.model.modeling_text import SparseVLMTextForCausalLM
 from sparsevlm.model.positions import stretch_positions
@@ -187,6 +189,18 @@ def test_marks_have_positions_and_the_last_one_is_text() -> None:
     assert visual[0].int().tolist() == [0, 0, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1, 1, 1, 0, 0]
     positions = torch.arange(16) - position_shift(shares, None, None)[0]
     assert positions.tolist() == [0, 1, 2, 3, 3, 3, 3, 4, 5, 6, 7, 7, 7, 7, 8, 9]
+
+
+def test_text_between_slices_or_frames_ends_the_sharing() -> None:
+    """Two slices and an overview of one picture with a comma between the slices, then two frames and a time before each."""
+    grids = (Grid(1, 1, 2), Grid(1, 1, 2), Grid(1, 1, 1), Grid(2, 1, 2))
+    kinds = (MediaKind.SLICE, MediaKind.SLICE, MediaKind.IMAGE, MediaKind.VIDEO)
+    tokens = VisualTokens(torch.zeros(9, 4), grids, kinds, (0,) * 4, media=(0, 0, 0, 1))
+    ids = torch.tensor([[2, IMAGE, IMAGE, 40, IMAGE, IMAGE, IMAGE, 41, IMAGE, IMAGE, 42, IMAGE, IMAGE, 43]])
+    visual, shares = tell_visual(ids == IMAGE, tokens, (False, False))
+    assert torch.equal(visual, ids == IMAGE)
+    positions = torch.arange(14) - position_shift(shares, None, None)[0]
+    assert positions.tolist() == [0, 1, 1, 2, 3, 3, 3, 4, 5, 5, 6, 7, 7, 8]
 
 
 @pytest.mark.parametrize("blocks", [[], [MARKS]], ids=["bare", "marked"])
@@ -440,3 +454,19 @@ def test_report_leaves_out_what_says_nothing() -> None:
         found = {plot.title for plot in section.plots}
         assert (found == titles) if scoring == "modality" else titles < found
         assert ("text to expert 0" in " ".join(section.notes)) == (scoring == "modality")
+
+
+@pytest.mark.parametrize("fusion", [ATTENTION, None], ids=["with_attention", "alone"])
+def test_upcycled_by_modality_on_disk_as_in_memory(
+    fusion: dict[str, Any] | None, tiny_parts: dict[str, str], tmp_path: Path
+) -> None:
+    model, processor = build_model(tiny.recipe_model(tiny_parts, **({"fusion": fusion} if fusion else {})))
+    model.save_pretrained(tmp_path / "dense")
+    processor.save_pretrained(tmp_path / "dense")
+    report = upcycle_checkpoint(str(tmp_path / "dense"), tmp_path / "sparse", SPARSE, seed=3)
+    assert report.difference is not None and report.difference < 1e-5  # 5e-8 here
+    upcycle_model(model, SPARSE, seed=3)
+    left, right = load_model(tmp_path / "sparse")[0].state_dict(), model.state_dict()
+    assert left.keys() == right.keys() and all(torch.equal(left[name], weight) for name, weight in right.items())
+    with pytest.raises(ValueError, match="need visual tokens"):
+        upcycle_checkpoint(tiny_parts["language"], tmp_path / "text", SPARSE, check=False)
