@@ -36,6 +36,9 @@ from sparsevlm.vision.tokens import Grid, MediaKind, VisualTokens
 DISTANCE_BYTES = 2**28
 """Memory that distance matrices may take at once; more sets, or rows of a set, are done one piece after another."""
 
+CACHED_BYTES = 2**20
+"""The same on CPUs where several sets would be done at once: what stays in the cache of a core is read faster again."""
+
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -207,6 +210,8 @@ def dpc_knn(x: Tensor, num_clusters: int, k: int, max_bytes: int = DISTANCE_BYTE
     with torch.no_grad():
         row_bytes = 16 * N  # products in float64, distances in float32, a masked copy of them
         sets, rows = max(1, max_bytes // (row_bytes * N)), max(1, max_bytes // row_bytes)
+        if x.device.type == "cpu":
+            sets = min(sets, max(1, CACHED_BYTES // (row_bytes * N)))
         chunks = x.detach().split(sets)
         return torch.cat([_cluster(chunk.double(), num_clusters, k, rows) for chunk in chunks])
 
@@ -215,9 +220,12 @@ def merge_clusters(x: Tensor, ids: Tensor, num_clusters: int) -> Tensor:
     """Return the mean of each cluster, ``(B, N, C), (B, N) -> (B, K, C)``; differentiable."""
     offsets = num_clusters * torch.arange(len(x), device=x.device)
     ids = (ids + offsets[:, None]).flatten()  # (B * N), clusters of all sets numbered through
+    sizes = torch.bincount(ids, minlength=num_clusters * len(x))
+    if x.device.type == "cpu":
+        sums = x.new_zeros(len(sizes), x.shape[-1]).index_add(0, ids, x.flatten(0, 1))
+        return (sums / sizes[:, None]).unflatten(0, (-1, num_clusters))
     # Summed over sorted segments, not by index_add, whose order of summation is random on GPUs.
     gathered = x.flatten(0, 1).index_select(0, ids.argsort(stable=True))
-    sizes = torch.bincount(ids, minlength=num_clusters * len(x))
     means = torch.segment_reduce(gathered, "mean", lengths=sizes, axis=0, unsafe=True)
     return means.unflatten(0, (-1, num_clusters))
 
@@ -228,35 +236,54 @@ def density_peaks(x: Tensor, k: int, rows: int) -> tuple[Tensor, Tensor]:
     ``log density_i = -1/k * sum of squared distances to the k nearest``, itself included. The densest token of a set
     gets the largest distance in it.
     """
+    return _peaks(x, k, rows, _squared_distances(x, x) if rows >= x.shape[1] else None)
+
+
+def _peaks(x: Tensor, k: int, rows: int, whole: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return what `density_peaks` does; without the `whole` distances they are computed twice, `rows` at a time."""
     N = x.shape[1]
-    whole = _squared_distances(x, x) if rows >= N else None  # else computed twice, `rows` at a time
     blocks = [slice(start, start + rows) for start in range(0, N, rows)]
     densities, diameters = [], []
     for block in blocks:
         squared = _squared_distances(x[:, block], x) if whole is None else whole  # (B, R, N)
-        nearest = squared.topk(k, largest=False).values
         # Term by term: a reduction's order of summation may depend on the shape of the batch.
-        densities.append(-sum(nearest[..., j] for j in range(k)) / k)
+        densities.append(-sum(_smallest(squared, k)) / k)
         diameters.append(squared.amax(dim=(1, 2)))
     density = torch.cat(densities, dim=1)
     diameter = torch.stack(diameters).amax(dim=0)[:, None, None]
-    index = torch.arange(N, device=x.device)
+    order = density.sort(dim=1, descending=True, stable=True).indices  # of equal densities the first token's is larger
+    ranks = torch.empty_like(order).scatter_(1, order, torch.arange(N, device=x.device).expand_as(order)).int()
     separations = []
     for block in blocks:
         squared = _squared_distances(x[:, block], x) if whole is None else whole
-        own, other = density[:, block, None], density[:, None, :]
-        denser = (other > own) | ((other == own) & (index < index[block, None]))  # (B, R, N)
+        denser = ranks[:, None, :] < ranks[:, block, None]  # (B, R, N)
         separations.append(torch.where(denser, squared, diameter).amin(dim=-1))
     return density, torch.cat(separations, dim=1).sqrt()
 
 
+def _smallest(squared: Tensor, k: int) -> Sequence[Tensor]:
+    """Return the k smallest numbers of each row in ascending order, ``(B, R)`` each."""
+    if squared.device.type != "cpu" or k > 8:
+        return squared.topk(k, largest=False).values.unbind(-1)
+    left, smallest = squared.clone(), []  # on CPUs a few searches take half as long as topk
+    for _ in range(k):
+        value, place = left.min(dim=-1)
+        left.scatter_(2, place[..., None], torch.inf)
+        smallest.append(value)
+    return smallest
+
+
 def _cluster(x: Tensor, num_clusters: int, k: int, rows: int) -> Tensor:
     x = x - x.mean(dim=1, keepdim=True)  # distances stay, but are no longer small differences of large norms
-    density, separation = density_peaks(x, k, rows)
+    whole = _squared_distances(x, x) if rows >= x.shape[1] else None
+    density, separation = _peaks(x, k, rows, whole)
     score = density + separation.log()  # -inf for a token that coincides with a denser one
     centres = score.sort(dim=1, descending=True, stable=True).indices[:, :num_clusters]  # (B, K)
-    places = x.gather(1, centres[..., None].expand(-1, -1, x.shape[-1]))  # (B, K, C)
-    ids = torch.cat([_squared_distances(piece, places).argmin(dim=-1) for piece in x.split(rows, dim=1)], dim=1)
+    if whole is not None:
+        ids = whole.gather(1, centres[..., None].expand(-1, -1, x.shape[1])).argmin(dim=1)
+    else:
+        places = x.gather(1, centres[..., None].expand(-1, -1, x.shape[-1]))  # (B, K, C)
+        ids = torch.cat([_squared_distances(piece, places).argmin(dim=-1) for piece in x.split(rows, dim=1)], dim=1)
     ranks = torch.arange(num_clusters, device=x.device).expand_as(centres)
     return ids.scatter(1, centres, ranks)  # a centre leads its own cluster, also where two centres coincide
 

@@ -55,14 +55,10 @@ def native_patches(
             # The whole picture comes last; an overview is made of it as it is then.
             size = view.sides.content
             frame = frame if frame.size == size else frame.resize(size, resample)
-            part[i] = patchify(_normalise(frame, view, fill, mean, std), patch)
+            _write(part[i], frame, view, fill)
+    colours = patches.view(-1, 3, patch**2)
+    colours.div_(255).sub_(torch.tensor(mean).view(3, 1)).div_(torch.tensor(std).view(3, 1))
     return patches
-
-
-def patchify(pixels: Tensor, patch: int) -> Tensor:
-    """Cut ``(C, h * p, w * p)`` pixels into ``(h * w, C * p * p)`` patches."""
-    rows = pixels.unflatten(2, (-1, patch)).unflatten(1, (-1, patch))  # (C, h, p, w, p)
-    return rows.permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1)
 
 
 def unpatchify(patches: Tensor, h: int, w: int) -> Tensor:
@@ -84,13 +80,17 @@ def _fill(native: Native, view: NativeView, views: Sequence[NativeView]) -> floa
     return rule.fill
 
 
-def _normalise(
-    picture: Image.Image, view: NativeView, fill: float | None, mean: Sequence[float], std: Sequence[float]
-) -> Tensor:
+def _write(patches: Tensor, picture: Image.Image, view: NativeView, fill: float | None) -> None:
+    """Write a picture's pixels, from 0 to 255, into its ``(h * w, 3 * p * p)`` patches."""
     import numpy as np
 
     (width, height), (full_width, full_height) = view.sides
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).to(torch.float32)  # (3, height, width)
+    patch = round((patches.shape[1] // 3) ** 0.5)
+    pixels = torch.from_numpy(np.array(picture))  # (height, width, 3) uint8
     if fill is not None:
-        pixels = torch.nn.functional.pad(pixels, (0, full_width - width, 0, full_height - height), value=fill)
-    return pixels.div_(255).sub_(torch.tensor(mean).view(3, 1, 1)).div_(torch.tensor(std).view(3, 1, 1))
+        dtype = torch.uint8 if float(fill).is_integer() else torch.float32
+        canvas = torch.full((full_height, full_width, 3), fill, dtype=dtype)
+        canvas[:height, :width] = pixels
+        pixels = canvas
+    rows = pixels.view(full_height // patch, patch, full_width // patch, patch, 3)
+    patches.view(full_height // patch, full_width // patch, 3, patch, patch).copy_(rows.permute(0, 2, 4, 1, 3))

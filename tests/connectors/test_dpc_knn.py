@@ -176,6 +176,15 @@ def test_distances_against_differences(scale):
     assert (squared[:, 40:, :10].diagonal(dim1=1, dim2=2) == 0).all()  # equal tokens
 
 
+@pytest.mark.parametrize("k", [1, 4, 8, 9])
+def test_the_nearest_are_those_of_topk(k):
+    torch.manual_seed(0)
+    squared = torch.randint(6, (3, 20, 20)).float()  # many are equal
+    squared[0, 3] = torch.inf
+    found = torch.stack(list(module._smallest(squared, k)), dim=-1)
+    assert torch.equal(found, squared.topk(k, largest=False).values)
+
+
 def test_merge_against_the_loop():
     torch.manual_seed(0)
     x, ids = torch.randn(4, 9, 5), torch.randint(3, (4, 9))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 from transformers import (
     AutoModel,
@@ -18,10 +20,11 @@ from transformers import (
     ViTConfig,
 )
 
+from sparsevlm.recipe.native import FitRule, Native
 from sparsevlm.vision.native import check_native, encode_native, make_native, native_dim
-from sparsevlm.vision.patches import patchify, unpatchify
+from sparsevlm.vision.patches import native_patches, unpatchify
 from sparsevlm.vision.raw_config import RawPatchesConfig
-from sparsevlm.vision.tokens import Grid
+from sparsevlm.vision.tokens import Grid, MediaKind
 
 SIZES: dict[str, Any] = {
     "hidden_size": 24,
@@ -214,12 +217,19 @@ def test_raw_patches_are_their_own_features() -> None:
     assert native_dim(tower.config) == 147 and not list(tower.parameters())
 
 
-def test_patches_are_cut_row_by_row_and_put_together_again() -> None:
-    pixels = torch.randn(3, 10, 15)
-    patches = patchify(pixels, 5)
+@pytest.mark.parametrize("fill", [1.0, 2.5])
+def test_patches_are_cut_row_by_row_and_put_together_again(fill: float) -> None:
+    """A picture of 13 x 9 pixels filled to 3 x 2 patches of 5, beside a loop over its pixels."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (9, 13, 3), dtype=np.uint8))
+    rules = Native(image=FitRule(type="fit", multiple=5, fill=fill))
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    patches = native_patches([picture], 1, MediaKind.IMAGE, rules, 5, mean, std, Image.Resampling.BICUBIC)
     assert patches.shape == (6, 75)
-    assert torch.equal(patches[4].view(3, 5, 5), pixels[:, 5:10, 5:10])
-    assert torch.equal(unpatchify(patches, 2, 3), pixels)
+    pixels = torch.full((3, 10, 15), fill)
+    pixels[:, :9, :13] = torch.tensor(np.array(picture)).permute(2, 0, 1)
+    pixels = (pixels / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    torch.testing.assert_close(patches[4].view(3, 5, 5), pixels[:, 5:10, 5:10])
+    torch.testing.assert_close(unpatchify(patches, 2, 3), pixels)
 
 
 def test_what_does_not_fit_is_refused() -> None:
