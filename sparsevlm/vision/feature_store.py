@@ -57,6 +57,10 @@ class FeatureStore:
         tower: Identity of the tower, from `tower_identity`.
         arithmetic: What else decides on the numbers, for example their type.
         max_bytes: Once all folders of the directory hold so much, nothing is added.
+
+    Attributes:
+        number: Of the tower, as batches say it.
+        num_bytes: Of the entries on disk.
     """
 
     def __init__(self, directory: str | Path, tower: str, arithmetic: str = "", max_bytes: int = 100 << 30) -> None:
@@ -70,19 +74,15 @@ class FeatureStore:
         self._shards: set[Path] = set()
         self._state = 0
         self._waiting: dict[str, Tensor] = {}
+        self.num_bytes, self._waiting_bytes = 0, 0
         self._look()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_waiting": {}}
+        return {**self.__dict__, "_waiting": {}, "_waiting_bytes": 0}
 
     def __len__(self) -> int:
         """Entries, written or waiting."""
         return len(self._places) + len(self._waiting)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the entries on disk."""
-        return sum(entry.end - entry.begin for _, entry, _ in self._places.values())
 
     def get(self, key: str) -> Kept | None:
         """Return an entry, None where there is none (yet)."""
@@ -105,19 +105,21 @@ class FeatureStore:
         """Keep an entry ``(n, D)``; it reaches the disk, and other processes, with its shard."""
         if self.full or key in self._places or key in self._waiting:
             return
-        self._waiting[key] = features.detach().to("cpu", copy=True).contiguous()
-        if self._size(self._waiting) >= max(_LEAST, min(_MOST, self.num_bytes // 4)):
+        self._waiting[key] = kept = features.detach().to("cpu", copy=True).contiguous()
+        self._waiting_bytes += kept.numel() * kept.element_size()
+        if self._waiting_bytes >= max(_LEAST, min(_MOST, self.num_bytes // 4)):
             self.flush()
 
     def flush(self) -> None:
         """Write what waits as one shard."""
-        waiting, self._waiting = self._waiting, {}
+        waiting, size = self._waiting, self._waiting_bytes
+        self._waiting, self._waiting_bytes = {}, 0
         self._look()
         waiting = {key: value for key, value in waiting.items() if key not in self._places}
         if not waiting or self.full:
             return
         there = sum(path.stat().st_size for path in self.directory.glob(f"*/*{SUFFIX}"))
-        if there + self._size(waiting) + _HEADER * (len(waiting) + 1) > self.max_bytes:
+        if there + size + _HEADER * (len(waiting) + 1) > self.max_bytes:
             self.full = True
             warnings.warn(
                 f"the feature cache {self.directory} is full ({there / 2**30:.1f} GiB); nothing is added any more. "
@@ -164,19 +166,18 @@ class FeatureStore:
             found = {key: (path, entry, checksums[key]) for key, entry in entries.items()}
         except (OSError, ValueError, KeyError) as error:
             self._leave(path, error)
-        else:
-            self._places = found | self._places
+            return
+        for key, place in found.items():
+            if self._places.setdefault(key, place) is place:
+                self.num_bytes += place[1].end - place[1].begin
 
     def _leave(self, path: Path, error: Exception) -> None:
         """Forget a shard that cannot be read."""
         self._places = {key: place for key, place in self._places.items() if place[0] != path}
+        self.num_bytes = sum(entry.end - entry.begin for _, entry, _ in self._places.values())
         warnings.warn(
             f"{path} cannot be read ({error}); its features are computed again. Delete the file", stacklevel=3
         )
-
-    @staticmethod
-    def _size(waiting: dict[str, Tensor]) -> int:
-        return sum(value.numel() * value.element_size() for value in waiting.values())
 
 
 def tower_identity(tower: nn.Module, **reading: Any) -> str:

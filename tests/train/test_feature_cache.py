@@ -58,7 +58,7 @@ def losses(directory: Path) -> list[Any]:
     return [number for name in STAGES for line in metrics(directory / "run", name, "step", "loss") for number in line]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_losses_are_those_without(
     precision: str, tiny_parts: dict[str, str], tmp_path: Path, frames: list[int]
 ) -> None:
@@ -114,6 +114,7 @@ def test_other_towers_layers_and_sizes_read_nothing(
     assert 0 < read("tower", other) < with_all
 
 
+@pytest.mark.slow
 def test_a_changed_picture_is_another_one(tiny_parts: dict[str, str], tmp_path: Path) -> None:
     train(recipe(tmp_path / "a", tiny_parts))
     before = losses(tmp_path / "a")
