@@ -192,7 +192,7 @@ def test_marks_have_positions_and_the_last_one_is_text() -> None:
 
 
 def test_text_between_slices_or_frames_ends_the_sharing() -> None:
-    """Two slices and an overview of one picture with a comma between the slices, then two frames and a time before each."""
+    """Two slices with a comma between them and an overview, then two frames with a time before each."""
     grids = (Grid(1, 1, 2), Grid(1, 1, 2), Grid(1, 1, 1), Grid(2, 1, 2))
     kinds = (MediaKind.SLICE, MediaKind.SLICE, MediaKind.IMAGE, MediaKind.VIDEO)
     tokens = VisualTokens(torch.zeros(9, 4), grids, kinds, (0,) * 4, media=(0, 0, 0, 1))
