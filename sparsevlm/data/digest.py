@@ -55,7 +55,8 @@ def _content(source: Any) -> bytes:
         digest.update(np.ascontiguousarray(source).data)
     else:  # a picture in memory
         transparency = source.info.get("transparency")
-        digest.update(repr((source.mode, source.size, transparency, source.getpalette())).encode())
+        palette = source.getpalette(None)  # with its transparency, where it has any
+        digest.update(repr((source.mode, source.size, transparency, palette)).encode())
         digest.update(source.getexif().tobytes())
         digest.update(source.tobytes())
     return digest.digest()

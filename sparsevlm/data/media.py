@@ -87,6 +87,8 @@ def image_size(media: Media) -> tuple[int, int]:
         return _from_array(source).size
     with _decoding(), _open_image(source) as image:
         width, height = image.size
+        if image.format == "TIFF":  # the one format whose header Pillow reads as it will be shown
+            return width, height
         return (height, width) if image.getexif().get(_EXIF_ORIENTATION) in _EXIF_TRANSPOSED else (width, height)
 
 

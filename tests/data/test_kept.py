@@ -110,7 +110,12 @@ def test_a_medium_is_named_by_what_it_holds_not_by_where_it_lies(tmp_path: Path)
 def test_pictures_in_memory_frames_and_kinds_count() -> None:
     picture, array = Image.new("RGB", (8, 4), "red"), np.zeros((3, 8, 8, 3), np.uint8)
     array[2] = 1
+    opaque, clear = Image.new("P", (8, 4)), Image.new("P", (8, 4))
+    opaque.putpalette([255, 0, 0, 255], "RGBA")
+    clear.putpalette([255, 0, 0, 0], "RGBA")
     names = [
+        media_digest(Media(MediaKind.IMAGE, opaque)),
+        media_digest(Media(MediaKind.IMAGE, clear)),
         media_digest(Media(MediaKind.IMAGE, picture)),
         media_digest(Media(MediaKind.IMAGE, picture.resize((4, 8)))),
         media_digest(Media(MediaKind.IMAGE, picture.convert("L"))),
@@ -122,7 +127,7 @@ def test_pictures_in_memory_frames_and_kinds_count() -> None:
         media_digest(Media(MediaKind.MULTI_VIEW, (picture,))),
     ]
     assert len(set(names)) == len(names)
-    assert media_digest(Media(MediaKind.IMAGE, picture.copy())) == names[0]
+    assert media_digest(Media(MediaKind.IMAGE, picture.copy())) == names[2]
 
 
 def test_a_large_file_is_hashed_again_once_it_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

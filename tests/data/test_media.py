@@ -55,8 +55,9 @@ def test_sixteen_bit_grey_keeps_its_upper_byte():
     np.testing.assert_array_equal(rgb(encoded(Image.fromarray(levels)))[0, :, 0], [0, 0, 1, 127, 255])
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(orientation):
+def test_exif_orientation_is_applied(orientation, kind):
     upright = np.asarray(picture(2, (6, 4)))
     stored = {  # how a camera stores an upright picture under each orientation
         1: upright,
@@ -70,7 +71,7 @@ def test_exif_orientation_is_applied(orientation):
     }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
-    file = encoded(Image.fromarray(np.ascontiguousarray(stored)), exif=exif)
+    file = encoded(Image.fromarray(np.ascontiguousarray(stored)), kind, exif=exif)
     np.testing.assert_array_equal(rgb(file), upright)
     assert image_size(image(file)) == (6, 4)
 
