@@ -178,6 +178,19 @@ def test_cached_steps_are_the_full_pass(fusion: dict[str, Any]) -> None:
             torch.testing.assert_close(torch.cat(steps, 1), full, **CLOSE)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "mpt", "phi", "gemma2", "qwen3"])
+def test_layers_of_other_families(kind: str) -> None:
+    """Positional and named hidden states, layers that are no GradientCheckpointingLayer, learned and linear biases."""
+    model = opened(kind=kind)
+    batch, media = padded([FIRST]), pictures(2)
+    with torch.no_grad():
+        full = model(**batch, **media).logits
+        assert not torch.allclose(model(**batch, **pictures(2, seed=5)).logits[:, 2:], full[:, 2:], atol=1e-3)
+        out = model(batch["input_ids"][:, :7], **media, use_cache=True)
+        last = model(batch["input_ids"][:, 7:], past_key_values=out.past_key_values)
+    torch.testing.assert_close(torch.cat([out.logits, last.logits], 1), full, **CLOSE)
+
+
 def test_media_may_follow_in_a_continued_text() -> None:
     model = opened(ALL)
     media = pictures(3)
