@@ -294,9 +294,12 @@ def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
     A matrix product in float64 is exact enough that rounding to float32 hides in what batch it was computed, and five
     times faster than taking differences; in float32 it would give equal tokens a distance.
     """
-    a_norm = torch.linalg.vecdot(a, a)
-    b_norm = a_norm if a is b else torch.linalg.vecdot(b, b)
-    squared = torch.bmm(a, b.mT).mul_(-2).add_(a_norm[:, :, None]).add_(b_norm[:, None, :])
+    products = torch.bmm(a, b.mT)
+    if a is b:
+        a_norm = b_norm = products.diagonal(dim1=1, dim2=2).clone()
+    else:
+        a_norm, b_norm = torch.linalg.vecdot(a, a), torch.linalg.vecdot(b, b)
+    squared = products.mul_(-2).add_(a_norm[:, :, None]).add_(b_norm[:, None, :])
     squared.masked_fill_(squared < 1e-12 * a_norm[:, :, None], 0)  # equal tokens, up to the rounding of the above
     return squared.div_(a.shape[-1]).float()
 

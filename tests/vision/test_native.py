@@ -48,7 +48,7 @@ every_tower = pytest.mark.parametrize("name", TOWERS)
 every_square = pytest.mark.parametrize("name", SQUARES)
 
 # Packed and alone differ by the rounding of differently shaped products: 5e-7 at most in float32 (features up to 5).
-TOLERANCE = {"rtol": 1e-5, "atol": 5e-6}
+TOLERANCE: dict[str, Any] = {"rtol": 1e-5, "atol": 5e-6}
 
 
 def build(name: str, positions: str = "own") -> Any:
