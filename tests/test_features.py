@@ -24,6 +24,8 @@ from sparsevlm.vision import encoder
 from sparsevlm.vision.tokens import MediaKind
 from tests import tiny
 from tests.data.media_files import write_video
+from tests.model.test_native_model import NATIVE
+from tests.model.test_native_model import recipe as native_recipe
 from tests.train.runs import write_recipe
 
 VIDEO = {"fps": 1.0, "max_frames": 5}
@@ -231,3 +233,20 @@ def test_from_the_command_line_to_training_evaluation_and_chat(
     run("chat", str(tmp_path / "run"), *shown, "--max-new-tokens", "2")
     # the tower did not train, so the run's own model gives the same file
     assert "10 frames" in run("features", str(tmp_path / "run"), str(film), "--output", str(tmp_path / "data"))
+
+
+def test_native_films(tmp_path: Path, film: Path) -> None:
+    parts = tiny.save_parts(tmp_path / "parts", vision="siglip")
+    small = NATIVE | {"video": {"type": "area", "multiple": 16, "max_pixels": 16**2}}
+    model, processor = build_model(native_recipe(parts, native=small))
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    kept = keep_film(open_tower(str(tmp_path / "model")), film, tmp_path / "film.safetensors", block=4)
+    # as a long video's frames, since all of the film's are enough for one; so is a clip of eight, one of three is not
+    shown, given = (Media(MediaKind.VIDEO, file, start=2.0) for file in (film, kept.path))
+    plain, known = processor.encode_prompts([ask(shown)]), processor.encode_prompts([ask(given)])
+    assert torch.equal(plain["input_ids"], known["input_ids"]) and "pixel_values" not in known
+    torch.testing.assert_close(logits(model.eval(), known), logits(model, plain), rtol=1e-5, atol=1e-5)
+    assert processor.measure(ask(given, answer="a cat")) == processor.measure(ask(shown, answer="a cat"))
+    with pytest.raises(BadSampleError, match=r"features, the medium has"):
+        processor.encode_prompts([ask(replace(given, end=5.0))])

@@ -126,7 +126,8 @@ def kept_inputs(documents: Sequence[Sequence[ItemShape]], kept: Sequence[Sequenc
             "of different towers; make them anew with `sparsevlm features`"
         )
     towers = torch.tensor([0 if known is None else known.tower for known in of])
-    return {"visual_features": torch.cat(media), "feature_towers": towers}
+    features = media[0] if len(media) == 1 else torch.cat(media)  # a film's may fill half the memory
+    return {"visual_features": features, "feature_towers": towers}
 
 
 def describe_items(

@@ -173,12 +173,15 @@ def read_film(path: str | Path, info: FilmInfo, indices: Sequence[int]) -> Kept:
     """
     import torch
 
+    _, tokens, width = info.entry.shape
+    features = torch.empty(len(indices), tokens, width, dtype=getattr(torch, _NAMES[info.entry.dtype]))
     try:
         with open_file(Path(path)) as file:
-            frames = [read_tensor(file, info.entry, slice(i, i + 1)) for i in indices]
+            for place, frame in zip(features, indices, strict=True):  # one by one: a film's may fill half the memory
+                place.copy_(read_tensor(file, info.entry, slice(frame, frame + 1))[0])
     except OSError as error:
         raise BadSampleError(f"features cannot be read: {error}") from None
-    return Kept(torch.cat(frames).flatten(0, 1), tower_number(info.tower))
+    return Kept(features.flatten(0, 1), tower_number(info.tower))
 
 
 def write_film(path: Path, blocks: Iterable[Tensor], frames: int, facts: Mapping[str, str]) -> tuple[int, ...]:
