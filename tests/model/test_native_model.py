@@ -11,9 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
+from sparsevlm.adapters.attach import attach
 from sparsevlm.data.collate import Collator
 from sparsevlm.data.sample import Media, Message, Sample
 from sparsevlm.model.build import build_model, load_model
+from sparsevlm.recipe.adapter.mma import Mma
+from sparsevlm.recipe.adapter.selective import SliceLora
 from sparsevlm.recipe.schema import Model
 from sparsevlm.vision.tokens import MediaKind
 from tests import tiny
@@ -220,3 +223,34 @@ def test_native_export_is_refused_with_the_reason(native: Any) -> None:
 
     with pytest.raises(NoHomeError, match="in their own shape"):
         llava_config(native[0].config)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        (SliceLora(type="slice_lora", targets=["vision"]), "slice_lora: at native resolution pictures are packed"),
+        (Mma(type="mma"), "mma: at native resolution pictures are packed"),
+        (Mma(type="mma", vision_layers=None), None),
+        (Mma(type="mma", routing="token"), None),
+    ],
+)
+def test_adapters_that_go_by_rows_of_the_tower_are_refused(native: Any, adapter: Any, message: str | None) -> None:
+    model, processor = native
+    if message is not None:
+        with pytest.raises(ValueError, match=message):
+            attach(model, adapter)
+        return
+    attach(model, adapter)
+    for name, p in model.named_parameters():  # the adapter starts as nothing
+        if "mma_" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    pictures = [processor.encode(each) for each in samples()[:2]]
+    with torch.no_grad():
+        items, pixels = [each.items for each in pictures], [each.pixel_values for each in pictures]
+        packed = model.eval().model.encode_media(torch.cat(pixels), [*items[0], *_from(items[1], 1)], [0] * 2 + [1] * 3)
+        alone = torch.cat([model.model.encode_media(p, i, [0] * len(i)).features for p, i in zip(pixels, items)])
+    torch.testing.assert_close(packed.features, alone, rtol=1e-4, atol=1e-5)
+
+
+def _from(items: Any, first: int) -> list[Any]:
+    return [item._replace(medium=item.medium + first) for item in items]

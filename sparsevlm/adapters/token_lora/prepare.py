@@ -20,7 +20,13 @@ def prepare(model: Any, spec: PartialLora | SliceLora) -> Prepared:
 
     Raises:
         TargetError: A target matches nothing, or what cannot be adapted so.
+        ValueError: The tower's frames are packed, so that none is a row by itself.
     """
+    if isinstance(spec, SliceLora) and model.config.vision_native is not None:
+        raise ValueError(
+            "slice_lora: at native resolution pictures are packed into one row of the tower, and are not cut into "
+            "slices; take lora"
+        )
     settings: dict[str, Any] = {"r": spec.r, "alpha": spec.alpha, "dropout": spec.dropout}
     if isinstance(spec, PartialLora):
         root, settings["choose"] = "model.language_model.", spec.tokens
