@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
-from transformers.image_utils import load_image as load_any_image
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from sparsevlm.connectors.base import connector_guide, connector_items, parse_connector
@@ -26,7 +25,7 @@ from sparsevlm.model.generation import MEDIA_INPUTS
 from sparsevlm.model.guides import NO_MARKS, GuideEncoder, guide_ids, turn_marks
 from sparsevlm.model.layout import Medium, Tokens, expand, truncate
 from sparsevlm.model.media_input import Extent, MediaReader, Seen, kept_of
-from sparsevlm.model.prompt_media import per_text
+from sparsevlm.model.prompt_media import per_text, picture_source
 from sparsevlm.model.slice_text import SliceText
 from sparsevlm.model.video_text import Texts, VideoText, affordable_frames, interleave
 from sparsevlm.vision.feature_store import FeatureStore
@@ -286,7 +285,7 @@ class SparseVLMProcessor(ProcessorMixin):
 
         Args:
             images: One image, a list in reading order over all texts, or a list of lists, one a text. PIL images,
-                arrays, paths or URLs.
+                arrays, paths, URLs or base64; read as in training.
             text: Prompt or prompts.
             videos: As `images`; a video is a path or a sequence of frames.
             audio: Refused.
@@ -316,7 +315,7 @@ class SparseVLMProcessor(ProcessorMixin):
                 if token in sources:
                     kind = MediaKind.VIDEO if token == self.video_token_id else MediaKind.IMAGE
                     source = next(sources[token])
-                    source = source if kind is MediaKind.VIDEO else load_any_image(source)
+                    source = source if kind is MediaKind.VIDEO else picture_source(source)
                     if kind is MediaKind.VIDEO and isinstance(source, str):
                         source = Path(source)
                     given = Media(kind, source)

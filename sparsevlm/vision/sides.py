@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import ceil, floor, sqrt
 from typing import NamedTuple
 
+from sparsevlm.data.sample import BadSampleError
 from sparsevlm.recipe.native import AreaRule, FitRule, Native, NativeRule, SmartRule
 from sparsevlm.vision.tokens import Grid, ItemShape, MediaKind, Place
 
@@ -38,7 +39,7 @@ def sides(rule: NativeRule, size: Size) -> Sides:
         size: The picture's size.
 
     Raises:
-        ValueError: The picture is too long for the rule.
+        BadSampleError: The picture is too long for the rule.
     """
     if isinstance(rule, AreaRule):
         target = _area(rule, size)
@@ -72,7 +73,7 @@ def _smart(rule: SmartRule, size: Size) -> Size:
     """Round to the nearest multiple; where that leaves the range of areas, scale and round into it."""
     width, height = size
     if max(size) > SMART_RATIO * min(size):
-        raise ValueError(
+        raise BadSampleError(
             f"a picture of {width}x{height} pixels: rule 'smart' takes sides that differ at most {SMART_RATIO} times"
         )
     m = rule.multiple

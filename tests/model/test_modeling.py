@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -173,6 +175,28 @@ def test_wrong_number_of_placeholders_is_refused(tiny_model: Any) -> None:
     batch["input_ids"][0, -1] = processor.image_token_id
     with pytest.raises(ValueError, match=r"17 visual placeholders .* 16 visual tokens"):
         model(**batch)
+
+
+def deep_grey() -> Image.Image:
+    return Image.fromarray(np.full((30, 40), 3000, np.uint16))  # 16 bits: its upper byte is 11
+
+
+@pytest.mark.parametrize("picture", [Image.new("RGBA", (40, 30), (10, 200, 30, 0)), deep_grey()], ids=["clear", "deep"])
+def test_a_picture_given_by_a_caller_is_read_as_in_training(
+    picture: Image.Image, tiny_model: Any, tmp_path: Path
+) -> None:
+    _, processor = tiny_model
+    file = tmp_path / "a.png"
+    picture.save(file)
+    expected = processor.encode(sample(Media(MediaKind.IMAGE, file), "what")).pixel_values
+    coded = base64.b64encode(file.read_bytes()).decode()
+    for given in (picture, file, str(file), coded, f"data:image/png;base64,{coded}"):
+        assert torch.equal(processor(images=given, text="<image> what")["pixel_values"], expected), str(given)[:40]
+    turn = {"role": "user", "content": [{"type": "image", "path": str(file)}, {"type": "text", "text": "what"}]}
+    batch = processor.apply_chat_template([turn], tokenize=True, return_dict=True)
+    assert torch.equal(batch["pixel_values"], expected)
+    with pytest.raises(ValueError, match="neither an address"):
+        processor(images="none.png", text="<image> what")
 
 
 def prompts(*which: int) -> list[Sample]:

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from sparsevlm.connectors.base import connector_items, parse_connector
+from sparsevlm.data.sample import BadSampleError
 from sparsevlm.recipe.native import AreaRule, FitRule, Native, SmartRule
 from sparsevlm.vision.preprocess import ImageSpec, tower_items
 from sparsevlm.vision.sides import native_items, sides
@@ -123,7 +124,7 @@ def test_smart_rule_is_qwens_function() -> None:
             h, w = smart_resize(size[1], size[0], 28, rule.min_pixels, rule.max_pixels)
         except ValueError:
             refused += 1
-            with pytest.raises(ValueError, match="differ at most 200 times"):
+            with pytest.raises(BadSampleError, match="differ at most 200 times"):
                 sides(rule, size)
         else:
             assert sides(rule, size).canvas == (w, h)
