@@ -224,6 +224,8 @@ def encode_native(tower: Any, patches: Tensor, grids: Sequence[Grid], layer: int
     layers = as_layers(layer)
     if tower.config.model_type in QWEN:
         return _chosen(tower, encode_qwen(tower, patches, grids, layers), layers)
+    if tower.config._attn_implementation != ATTENTION:  # set for the whole model since: another would join the frames
+        tower.set_attn_implementation(ATTENTION)
     prefix = num_prefix(tower)
     lengths = tuple(prefix + grid.h * grid.w for grid in grids for _ in range(grid.t))
     options: dict[str, Any] = {"output_hidden_states": list(layers), "return_dict": True}

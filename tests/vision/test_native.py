@@ -127,6 +127,16 @@ def test_packed_is_alone_and_gradients_too(name: str) -> None:
             torch.testing.assert_close(p.grad, packed[n], rtol=1e-4, atol=1e-5 * float(packed[n].abs().max() + 1))
 
 
+@every_tower
+@pytest.mark.parametrize("chosen", ["eager", "sdpa"])
+def test_frames_stay_apart_whatever_attention_a_model_is_set_to(name: str, chosen: str) -> None:
+    _, native = build(name)
+    patches = some_patches()
+    expected = encode_native(native, patches, GRIDS)
+    native.set_attn_implementation(chosen)  # as `model.set_attn_implementation` does to all of a model
+    assert torch.equal(encode_native(native, patches, GRIDS), expected)
+
+
 @every_square
 @pytest.mark.parametrize("positions", ["own", "bilinear", "bicubic"])
 def test_positions_at_the_trained_size_are_the_trained_ones_to_the_bit(name: str, positions: str) -> None:
