@@ -36,7 +36,8 @@ class PixelShuffleSpec(BlockSpec):
         if grid.h % self.factor or grid.w % self.factor:
             raise ValueError(
                 f"pixel_shuffle: a grid of {grid.h} x {grid.w} tokens does not divide into squares of {self.factor} x "
-                f"{self.factor}; choose another factor, or a model.vision.image_size whose grid divides"
+                f"{self.factor}; choose another factor, or a model.vision.image_size whose grid divides (at native "
+                "resolution: a larger `multiple` of the sides)"
             )
         return Grid(grid.t, grid.h // self.factor, grid.w // self.factor)
 

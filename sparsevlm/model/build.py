@@ -83,12 +83,8 @@ def chat_template(name: str, tokenizer: Any) -> str:
     return text
 
 
-def build_processor(model: schema.Model, config: SparseVLMConfig) -> SparseVLMProcessor:
-    """Return the processor of a recipe's model; writes the placeholder ids into `config`."""
-    tokenizer = AutoTokenizer.from_pretrained(
-        resolve_part(model.language.path), trust_remote_code=model.trust_remote_code
-    )
-    template = chat_template(model.language.chat_template, tokenizer)
+def add_tokens(model: schema.Model, tokenizer: Any) -> None:
+    """Give a tokenizer the placeholders and the recipe's own tokens, where it does not have them."""
     known = tokenizer.get_vocab()
     fresh = [token for token in (model.image_token, model.video_token) if token not in known]
     if fresh:
@@ -96,6 +92,15 @@ def build_processor(model: schema.Model, config: SparseVLMConfig) -> SparseVLMPr
     extra = [AddedToken(token, normalized=False) for token in model.language.extra_tokens if token not in known]
     if extra:
         tokenizer.add_tokens(extra)
+
+
+def build_processor(model: schema.Model, config: SparseVLMConfig) -> SparseVLMProcessor:
+    """Return the processor of a recipe's model; writes the placeholder ids into `config`."""
+    tokenizer = AutoTokenizer.from_pretrained(
+        resolve_part(model.language.path), trust_remote_code=model.trust_remote_code
+    )
+    template = chat_template(model.language.chat_template, tokenizer)
+    add_tokens(model, tokenizer)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -144,6 +144,12 @@ class Model(Strict):
         if image == clip:
             at = "video_token" if "video_token" in raw else "image_token"
             yield (at,), f"images and videos need different placeholders, both are {image!r}"
+        extra = view(raw.get("language")).get("extra_tokens")
+        for i, token in enumerate(extra if isinstance(extra, list) else ()):
+            if token in (image, clip):
+                yield ("language", "extra_tokens", i), f"{token!r} is a placeholder already; leave it out"
+            elif token in extra[:i]:
+                yield ("language", "extra_tokens", i), f"{token!r} is there twice"
         vision, video = view(raw.get("vision")), view(raw.get("video"))
         if vision.get("resize") == "native" and video.get("max_tokens") is not None:
             yield ("video", "max_tokens"), "with resize: native a frame has tokens by its size; set max_frames instead"

@@ -333,7 +333,10 @@ class Recipe(Strict):
             for option, place in (("trains", at), ("targets", (*at, "adapter"))):
                 named = names((stage if option == "trains" else adapter).get(option))
                 if "fusion" in named and not fuses:
-                    yield (*place, option, named.index("fusion")), "the model has no 'fusion'; give it one"
+                    yield (
+                        (*place, option, named.index("fusion")),
+                        "the model has no 'fusion': say which, `model.fusion: {type: …}`",
+                    )
             for i, part in enumerate(names(stage.get("trains"))):
                 if part in MOE_PARTS and not upcycled:
                     yield (

@@ -16,11 +16,14 @@ from sparsevlm.adapters.targets import TargetError
 from sparsevlm.connectors.base import connector_items, parse_connector
 from sparsevlm.fusion import check_fusion, media_apart
 from sparsevlm.model.attention import PACKED_SDPA, supports_packed_sdpa
-from sparsevlm.model.build import build_config, chat_template, packs_for_free
+from sparsevlm.model.build import add_tokens, build_config, chat_template, packs_for_free
 from sparsevlm.model.configuration_sparsevlm import SparseVLMConfig
+from sparsevlm.model.guides import LANGUAGE, GuideEncoder
 from sparsevlm.model.isolation import kind_isolates
 from sparsevlm.model.parts import part_config, resolve_part
 from sparsevlm.model.positions import rope_fault
+from sparsevlm.model.slice_text import SliceText
+from sparsevlm.model.video_text import interleave
 from sparsevlm.moe.upcycle import upcycle_model
 from sparsevlm.recipe.load import Fault, RecipeError, option_fault
 from sparsevlm.recipe.schema import Recipe, Stage
@@ -80,8 +83,14 @@ class ModelCheck:
         try:
             check_fusion(config.fusion, text.num_hidden_layers)
         except ValueError as error:
-            self.fault(("model", "fusion"), error)
+            option = ("layers",) if str(error).startswith("layer") else ()
+            self.fault(("model", "fusion", *option), error)
             raise RecipeError(self.faults) from None
+        if media_apart(config.fusion) and not any("fusion" in stage.trains for stage in self.recipe.stages.values()):
+            self.notes.append(
+                "model.fusion: its gates are closed until a stage trains them, and none does, so the text never sees a "
+                "picture; name 'fusion' in a stage's 'trains'"
+            )
         return config
 
     def _sizes(self) -> Iterator[tuple[OptionPath, int | None]]:
@@ -148,10 +157,9 @@ class ModelCheck:
             except (OSError, ValueError) as error:
                 self.fault(("model", "language", "path"), f"no tokenizer in {directory}: {error}")
                 return 0
-            known = tokenizer.get_vocab()
-            size = len(tokenizer) + len(
-                {model.image_token, model.video_token, *model.language.extra_tokens} - set(known)
-            )
+            add_tokens(model, tokenizer)
+            size = len(tokenizer)
+            self._words(tokenizer)
         elif model.language.chat_template == "auto":
             self.notes.append(
                 f"the tokenizer of {model.language.path} was not read (no network); 'chat_template: auto' needs one "
@@ -163,6 +171,20 @@ class ModelCheck:
         except ValueError as error:
             self.fault(("model", "language", "chat_template"), error)
         return size
+
+    def _words(self, tokenizer: Any) -> None:
+        """Check what the prompt needs of the tokenizer: separators of slices, words of blocks that read the text."""
+        model = self.recipe.model
+        try:
+            SliceText(tokenizer, model.vision.tiling)
+        except ValueError as error:
+            self.fault(("model", "vision", "tiling"), error)
+        for i, spec in enumerate(parse_connector(model.connector)):
+            if spec.guide is not None and spec.guide.tokenizer == LANGUAGE:  # another one may need the network
+                try:
+                    GuideEncoder(spec.guide, tokenizer, {})
+                except ValueError as error:
+                    self.fault(("model", "connector", i), error)
 
     def image_size(self, config: SparseVLMConfig, stage: str) -> int:
         """Return the side that pictures are brought to in a stage."""
@@ -197,7 +219,11 @@ class ModelCheck:
             native=native,
             long_frames=model.video.long_frames,
         )
-        sizes = [(side, side), (4 * side, 3 * side), (side, 3 * side)] if pictures.needs_size else [(side, side)]
+        sizes = [(side, side)]
+        if pictures.needs_size:
+            sizes += [(4 * side, 3 * side), (side, 3 * side), (1, 1)]
+        if native is not None:  # an odd number of patches, where the rules allow it
+            sizes.append((side + patch_side(tower), side))
         media = [tower_items(pictures, MediaKind.IMAGE, 1, size) for size in sizes]
         most, long = model.video.max_frames, model.video.long_frames or 1
         for frames in {most, min(most, max(1, long - 1))}:
@@ -218,6 +244,7 @@ class ModelCheck:
                     f"the connector ends at width {width}, the language model is {text_width} wide: end it with "
                     "{type: linear} or {type: mlp}",
                 )
+            self._between_frames(pictures)
             try:
                 most_frames(self.recipe, pictures)
             except ValueError as error:
@@ -225,6 +252,19 @@ class ModelCheck:
         if self.faults:
             raise RecipeError(self.faults)
         return pictures
+
+    def _between_frames(self, pictures: ImageSpec) -> None:
+        """Refuse text between frames that the connector does not keep apart."""
+        video = self.recipe.model.video
+        options = [name for name in ("frame_text", "subtitles") if getattr(video, name)]
+        if not options or keeps_apart(self.recipe):
+            return
+        frames = 3  # blocks that merge frames take fewer for pictures
+        items = tower_items(pictures, MediaKind.VIDEO, frames, (pictures.image_size, pictures.image_size))
+        try:
+            interleave(connector_items(parse_connector(self.recipe.model.connector), items), [((), ())] * frames)
+        except ValueError as error:
+            self.fault(("model", "video", options[0]), error)
 
     def surroundings(self) -> None:
         """Note what is not here: a plan is often made before the data, and on another machine than the run."""

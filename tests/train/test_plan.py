@@ -176,6 +176,9 @@ def test_counts_are_those_of_the_model_that_is_built(tiny_parts):
 # -- faults that need the model ---------------------------------------------------------------------------------------
 
 
+QFORMER = "instruction: true, vocab_size: 2, dim: 16, layers: 2, heads: 2, ff_dim: 16"
+
+
 def write_recipe(directory: Path, tiny_parts, edit: tuple[str, str] = ("", "")) -> Path:
     text = f"""\
 name: tiny
@@ -217,6 +220,9 @@ stages:
         (("max_length: 128", "max_length: 16"), "16:25: stages.align.batch.max_length: a picture alone takes 16"),
         (("max_length: 128", "max_visual_tokens: 9"), "16:32: stages.align.batch.max_visual_tokens: a picture"),
         (("  language: {path", "  language: {chat_template: gone, path"), "6:29: model.language.chat_template: "),
+        (("{type: mlp}", "{type: mlp}\n  fusion: {type: visual_expert, layers: [9]}"), "9:41: model.fusion.layers: "),
+        (("{type: mlp}", "{type: dpc_knn}\n    - {type: mlp}\n  video: {subtitles: {}}"), "10:11: model.video.subtitl"),
+        (("{type: mlp}", f"{{type: qformer, {QFORMER}}}\n    - {{type: mlp}}"), "8:7: model.connector.0: a text-"),
     ],
 )  # fmt: skip
 def test_faults_that_need_the_model_point_at_their_line(tmp_path, monkeypatch, tiny_parts, edit, fault):
@@ -227,6 +233,30 @@ def test_faults_that_need_the_model_point_at_their_line(tmp_path, monkeypatch, t
         plan(load_recipe(path.name))
     lines = str(caught.value).splitlines()
     assert len(lines) == 1 and lines[0].startswith(f"x.yaml:{fault}"), lines
+
+
+def test_native_sides_that_leave_odd_grids_point_at_the_block(tmp_path, monkeypatch, tiny_parts):
+    native = "resize: native\n    native: {image: {type: smart, multiple: 8, min_pixels: 64}}"
+    path = write_recipe(tmp_path, tiny_parts, ("layer: -2", native))
+    path.write_text(path.read_text().replace("- {type: mlp}", "- {type: pixel_shuffle}\n    - {type: mlp}"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match=r"^x.yaml:9:7: model.connector.0: pixel_shuffle: a grid of .* `multiple`"):
+        plan(load_recipe(path.name))
+
+
+def test_separators_that_the_tokenizer_lacks_are_found_before_training(tmp_path, monkeypatch, tiny_parts):
+    path = write_recipe(tmp_path, tiny_parts, ("layer: -2", "tiling: {type: uhd}"))
+    path.write_text(path.read_text().replace(tiny_parts["language"], "sparsevlm:quickstart/language"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match=r"^x.yaml:5:5: model.vision.tiling: the tokenizer has no token for ','"):
+        plan(load_recipe(path.name))
+
+
+@pytest.mark.parametrize("trains", [["connector"], ["connector", "fusion"]])
+def test_says_that_closed_gates_let_nothing_through(tiny_parts, trains):
+    recipe = recipe_of(tiny_parts, model={"fusion": {"type": "gated_cross_attention", "every": 1}})
+    recipe.stages = {"align": recipe.stages["align"].model_copy(update={"trains": trains})}
+    assert any("gates are closed" in note for note in plan(recipe)["notes"]) == ("fusion" not in trains)
 
 
 def test_packing_is_refused_where_documents_would_see_each_other(tmp_path, monkeypatch):
