@@ -146,6 +146,20 @@ def connector_guide(specs: Sequence[BlockSpec]) -> GuideText | None:
     return next(iter(wanted), None)
 
 
+def connector_marks(specs: Sequence[BlockSpec]) -> tuple[bool, bool]:
+    """Return whether a medium that leaves the connector begins and ends with a mark; see `BlockSpec.marks`.
+
+    Blocks that map tokens one by one, as projectors do, leave the marks of a block before them in their places.
+    """
+    for spec in reversed(specs):
+        own = type(spec)
+        if any(spec.marks):
+            return spec.marks
+        if own.output_grid is not BlockSpec.output_grid or own.output_items is not BlockSpec.output_items:
+            break
+    return False, False
+
+
 def connector_dims(specs: Sequence[BlockSpec], input_dim: int, text_dim: int) -> list[int]:
     """Return the feature width before the first block and after each: ``len(specs) + 1`` numbers."""
     dims = [input_dim]

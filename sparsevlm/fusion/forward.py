@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsevlm.connectors.base import parse_connector
+from sparsevlm.connectors.base import connector_marks, parse_connector
 from sparsevlm.fusion.install import fusion_spec
 from sparsevlm.fusion.media import SEEN, document_starts, idle_media, remember, remembered, see_media
 from sparsevlm.fusion.positions import SHIFT, position_shift, remembered_shift, tell_visual
@@ -85,7 +85,7 @@ def _telling(
         raise ValueError(
             "inputs_embeds do not tell which tokens are visual; give input_ids, or a model without experts"
         )
-    marks = parse_connector(model.config.connector)[-1].marks
+    marks = connector_marks(parse_connector(model.config.connector))
     visual, shares = tell_visual(model.placeholders(input_ids), tokens, marks)
     shift = None
     if shared:

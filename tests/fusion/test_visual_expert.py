@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from sparsevlm.adapters.attach import attach
+from sparsevlm.connectors.base import connector_marks, parse_connector
 from sparsevlm.export.stream import upcycle_checkpoint
 from sparsevlm.fusion.positions import position_shift, tell_visual
 from sparsevlm.fusion.visual_expert import ByModality, install_experts
@@ -177,6 +178,23 @@ def test_positions_are_those_of_cogvlm() -> None:
         stretch_positions(each, 2.0)
     got, want = run(model, **batch, **media), run(plain, **batch, **media, position_ids=positions)
     assert torch.equal(got[0], want[0])
+
+
+def test_a_projector_leaves_the_marks_where_they_are() -> None:
+    """The same patches with a projector that changes nothing behind the layout."""
+    before, behind = grown(blocks=[MARKS]), grown(blocks=[MARKS, {"type": "linear"}])
+    behind.load_state_dict(before.state_dict(), strict=False)
+    with torch.no_grad():
+        behind.model.connector[-1].linear.weight.copy_(torch.eye(32))
+        behind.model.connector[-1].linear.bias.zero_()
+    batch = packed([[2, *[IMAGE] * 6, 11, 12], [13, 14, *[IMAGE] * 6, 15]])
+    torch.testing.assert_close(run(behind, **batch, **pictures(2)), run(before, **batch, **pictures(2)))
+    marks = [MARKS, {"type": "linear"}, {"type": "perceiver_resampler"}]
+    assert [connector_marks(parse_connector(marks[:n])) for n in (1, 2, 3)] == [
+        (True, True),
+        (True, True),
+        (False, False),
+    ]
 
 
 def test_marks_have_positions_and_the_last_one_is_text() -> None:
