@@ -70,8 +70,10 @@ class SideBySideModel(PreTrainedModel):
         super().__init__(config)
         attention = config._attn_implementation
         known = {} if attention is None else {"attn_implementation": attention}
+        # A tower's own configuration says in which type its weights were published, which is not that of this model.
+        dtype = config.dtype or torch.get_default_dtype()
         self.towers = nn.ModuleList(
-            AutoModel.from_config(each, **({} if each.model_type == "timm_wrapper" else known))
+            AutoModel.from_config(each, dtype=dtype, **({} if each.model_type == "timm_wrapper" else known))
             for each in config.configs
         )
         self.post_init()

@@ -89,6 +89,21 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
     assert loaded == made
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_type_of_weights_is_the_models_not_the_published_towers(tmp_path, dtype):
+    configs = [tiny.vision_config("clip"), tiny.vision_config("dinov2", hidden_size=24)]
+    configs[0].dtype, configs[1].dtype = "bfloat16", "float16"
+    colours = [list(colour) for colour in zip(CLIP_COLOURS, DINO_COLOURS)]
+    tower = AutoModel.from_config(side_by_side(configs, [-1, -1], [32, 32], *colours), dtype=dtype)
+    assert {weight.dtype for weight in tower.parameters()} == {dtype}
+    tower.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path)
+    assert {name: weight.dtype for name, weight in again.named_parameters()} == {
+        name: dtype for name, _ in tower.named_parameters()
+    }
+    assert all(torch.equal(weight, again.get_parameter(name)) for name, weight in tower.named_parameters())
+
+
 def test_half_precision_loses_no_more_than_a_tower_alone():
     """Pixels are brought to the other colours before they are rounded, so that each tower sees what it would alone."""
     tower, configs, layers = pair()
