@@ -144,8 +144,9 @@ class Model(Strict):
         if image == clip:
             at = "video_token" if "video_token" in raw else "image_token"
             yield (at,), f"images and videos need different placeholders, both are {image!r}"
-        extra = view(raw.get("language")).get("extra_tokens")
-        for i, token in enumerate(extra if isinstance(extra, list) else ()):
+        found = view(raw.get("language")).get("extra_tokens")
+        extra = found if isinstance(found, list) else []
+        for i, token in enumerate(extra):
             if token in (image, clip):
                 yield ("language", "extra_tokens", i), f"{token!r} is a placeholder already; leave it out"
             elif token in extra[:i]:

@@ -17,7 +17,7 @@ def prepare(model: Any, spec: LoraExperts) -> Prepared:
         ValueError: Layers that the model does not have, or without a dense FFN.
     """
     router = spec.router
-    assert router.init != "kmeans", "refused in the recipe"
+    assert router.init != "kmeans" and router.scoring != "modality", "refused in the recipe"
     config = LoraExpertsConfig(
         num_experts=spec.experts,
         num_experts_per_tok=spec.top_k,
