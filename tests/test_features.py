@@ -134,8 +134,11 @@ def test_features_of_another_tower_layer_or_size_are_refused(
     with pytest.raises(ValueError, match=r"features that another tower computed .* `sparsevlm features`"):
         logits(other, batch)
     _, larger = build_model(tiny.recipe_model(tiny_parts, video=VIDEO, vision={"image_size": 48}))
-    with pytest.raises(BadSampleError, match="features of frames that were brought to"):
+    sizes = "brought to image_size 32, patch_grid .*, but the model sees image_size 48"
+    with pytest.raises(BadSampleError, match=sizes):
         larger.encode_prompts([ask(*videos(kept))])
+    with pytest.raises(BadSampleError, match=sizes):
+        larger.reader.measure(videos(kept)[0])  # before a stage starts
     with torch.no_grad():
         next(model.model.vision_tower.parameters())[0] += 1e-3
     with pytest.raises(ValueError, match="features that another tower computed"):

@@ -5,6 +5,7 @@ Legend: F frames, S side in pixels, n tokens of a medium, D tower width.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from sparsevlm.data.digest import media_digest
-from sparsevlm.data.kept import FilmInfo, Kept, read_film
+from sparsevlm.data.kept import FilmInfo, Kept, is_film_features, probe_film, read_film
 from sparsevlm.data.media import VideoFrames, VideoPolicy, count_frames, frame_size, image_size, load_image
 from sparsevlm.data.sample import BadSampleError, Media
 from sparsevlm.model.layout import Medium
@@ -82,9 +83,15 @@ class MediaReader:
         return Seen(media.kind, self._extent(frames), frames=frames, key=key)
 
     def measure(self, media: Media) -> Extent:
-        """Return what a medium's tokens follow from, without decoding it."""
+        """Return what a medium's tokens follow from, without decoding it.
+
+        Raises:
+            BadSampleError: As `read`, except for faults that only decoding shows.
+        """
         native = self.spec.native is not None
         if media.kind is MediaKind.VIDEO:
+            if is_film_features(media.source):
+                self._check(probe_film(media.source))
             return count_frames(media, self.policy), frame_size(media) if native else None
         if media.kind is MediaKind.MULTI_VIEW:
             return len(media.source), frame_size(media) if native else None
@@ -108,9 +115,12 @@ class MediaReader:
 
     def _check(self, info: FilmInfo) -> None:
         if info.pictures != self._rules[True]:
+            had, wanted = (json.loads(rules) for rules in (info.pictures, self._rules[True]))
+            other = [name for name in sorted(had | wanted) if had.get(name) != wanted.get(name)]
+            theirs, ours = (", ".join(f"{name} {rules.get(name)}" for name in other) for rules in (had, wanted))
             raise BadSampleError(
-                f"features of frames that were brought to {info.pictures}, but the model sees {self._rules[True]}; "
-                "make them anew with `sparsevlm features`"
+                f"features of frames that were brought to {theirs}, but the model sees {ours}; make them anew with "
+                "`sparsevlm features`"
             )
 
 
