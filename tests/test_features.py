@@ -251,5 +251,5 @@ def test_native_films(tmp_path: Path, film: Path) -> None:
     assert torch.equal(plain["input_ids"], known["input_ids"]) and "pixel_values" not in known
     torch.testing.assert_close(logits(model.eval(), known), logits(model, plain), rtol=1e-5, atol=1e-5)
     assert processor.measure(ask(given, answer="a cat")) == processor.measure(ask(shown, answer="a cat"))
-    with pytest.raises(BadSampleError, match=r"features, the medium has"):
+    with pytest.raises(BadSampleError, match=r"sides of a long_video, but the 3 that are drawn are a video"):
         processor.encode_prompts([ask(replace(given, end=5.0))])

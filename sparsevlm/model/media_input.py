@@ -19,7 +19,7 @@ from sparsevlm.data.media import VideoFrames, VideoPolicy, count_frames, frame_s
 from sparsevlm.data.sample import BadSampleError, Media
 from sparsevlm.model.layout import Medium
 from sparsevlm.vision.feature_store import FeatureStore, picture_rules
-from sparsevlm.vision.preprocess import ImageSpec, preprocess_medium
+from sparsevlm.vision.preprocess import ImageSpec, item_kind, preprocess_medium
 from sparsevlm.vision.tokens import MediaKind
 
 Extent = tuple[int, tuple[int, int] | None]
@@ -69,7 +69,7 @@ class MediaReader:
         """
         video = VideoFrames(media, self.policy) if media.kind is MediaKind.VIDEO else None
         if video is not None and isinstance(video.info, FilmInfo):
-            self._check(video.info)
+            self._check(video.info, len(video))
             extent = len(video), video.info.size if self.spec.native is not None else None
             return Seen(media.kind, extent, kept=read_film(media.source, video.info, video.indices))
         key = ""
@@ -113,7 +113,7 @@ class MediaReader:
         first = frames[0]
         return len(frames), first.size if isinstance(first, Image.Image) else (first.shape[1], first.shape[0])
 
-    def _check(self, info: FilmInfo) -> None:
+    def _check(self, info: FilmInfo, frames: int) -> None:
         if info.pictures != self._rules[True]:
             had, wanted = (json.loads(rules) for rules in (info.pictures, self._rules[True]))
             other = [name for name in sorted(had | wanted) if had.get(name) != wanted.get(name)]
@@ -122,6 +122,14 @@ class MediaReader:
                 f"features of frames that were brought to {theirs}, but the model sees {ours}; make them anew with "
                 "`sparsevlm features`"
             )
+        native = self.spec.native
+        if native is not None and native.long_video is not None:  # their frames have sides of their own
+            kept, drawn = (item_kind(self.spec, MediaKind.VIDEO, number) for number in (info.total, frames))
+            if kept is not drawn:
+                raise BadSampleError(
+                    f"features of {info.total} frames in the sides of a {kept}, but the {frames} that are drawn are a "
+                    f"{drawn} (model.video.long_frames: {self.spec.long_frames}); name the film itself"
+                )
 
 
 def kept_of(read: Sequence[Seen], media: Sequence[Medium]) -> tuple[Kept | None, ...]:
