@@ -152,6 +152,11 @@ class Model(Strict):
             elif token in extra[:i]:
                 yield ("language", "extra_tokens", i), f"{token!r} is there twice"
         vision, video = view(raw.get("vision")), view(raw.get("video"))
+        for place in (("frame_text",), ("subtitles", "text")):
+            text = view(video.get(place[0])).get("text") if len(place) > 1 else video.get(place[0])
+            for token in (image, clip):
+                if isinstance(text, str) and isinstance(token, str) and token in text:
+                    yield ("video", *place), f"{token!r} is a placeholder of media; write something else between frames"
         if vision.get("resize") == "native" and video.get("max_tokens") is not None:
             yield ("video", "max_tokens"), "with resize: native a frame has tokens by its size; set max_frames instead"
         if view(vision.get("native")).get("long_video") is not None and video.get("long_frames") is None:

@@ -155,6 +155,14 @@ def test_faults_inside_the_member_of_a_union_that_the_value_has_the_shape_of(wri
         (("  moe:", "  m.oe:"), "18:3: stages.m.oe: "),
         (("name: tiny", "name: ../tiny"), "1:7: name: "),
         (("  clips: {", "  clips: {streaming: true, "), "22:5: stages.moe.epochs: "),
+        (
+            ("  connector:", "  video: {frame_text: 'see <image> {index} '}\n  connector:"),
+            "5:23: model.video.frame_text: ",
+        ),
+        (
+            ("  connector:", "  video: {subtitles: {text: '<video>{text} '}}\n  connector:"),
+            "5:29: model.video.subtitles.text: ",
+        ),
         (("language: {", "language: {extra_tokens: [<a>, <video>], "), "4:34: model.language.extra_tokens.1: "),
         (("language: {", "language: {extra_tokens: [<a>, <b>, <a>], "), "4:39: model.language.extra_tokens.2: "),
     ],
