@@ -151,7 +151,8 @@ def print_result(name: str, result: EvalResult, console: Console) -> None:
         table.add_row(
             "core", str(sum(row["n"] for row in core)), percent(report["core_accuracy"]), percent(report["core_chance"])
         )
-    table.add_row("all", str(report["n"]), percent(report["accuracy"]), percent(report["chance"]))
+    if list(result) != ["all"]:  # questions without kinds are one row already
+        table.add_row("all", str(report["n"]), percent(report["accuracy"]), percent(report["chance"]))
     console.print(table)
     for line in yes_no_lines(report["yes_no"]):
         console.print(line, markup=False, highlight=False)

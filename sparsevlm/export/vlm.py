@@ -143,7 +143,7 @@ def _tower(config: Any, reasons: list[str]) -> tuple[Literal["default", "full"],
     if side != trained:
         reasons.append(
             f"pictures of {side} pixels for a vision tower made for {trained}: LLaVA does not interpolate position "
-            f"embeddings; set model.vision.image_size: {trained}"
+            f"embeddings; set model.vision.image_size: {trained}, and no image_size of a stage"
         )
     prefix = num_prefix_tokens(vision)
     h, w = output_grid(vision, side, layer, "patch")

@@ -98,6 +98,7 @@ def test_table_faults_and_yes_no() -> None:
 
 def test_long_lists_of_faults_are_cut() -> None:
     text = printed(make_result([("all", "x", None, True)] * 8))
+    assert text.count("│ all") == 1  # one kind is all
     assert text.count("unreadable") == 5 and "… and 3 more" in text and "yes/no" not in text
 
 
