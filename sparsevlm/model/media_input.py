@@ -90,9 +90,10 @@ class MediaReader:
         """
         native = self.spec.native is not None
         if media.kind is MediaKind.VIDEO:
+            frames = count_frames(media, self.policy)
             if is_film_features(media.source):
-                self._check(probe_film(media.source))
-            return count_frames(media, self.policy), frame_size(media) if native else None
+                self._check(probe_film(media.source), frames)
+            return frames, frame_size(media) if native else None
         if media.kind is MediaKind.MULTI_VIEW:
             return len(media.source), frame_size(media) if native else None
         return 1, image_size(media) if self.spec.needs_size else None
