@@ -31,6 +31,9 @@ def _parse_connector_block(raw: Any) -> Any:
 
 ConnectorBlock = Annotated[dict[str, Any], BeforeValidator(_parse_connector_block)]
 
+RAW_PATCHES = "sparsevlm:patches"
+"""Path that stands for no tower: pixels go to the connector as they are."""
+
 
 class BesideTower(Strict):
     """A tower beside the first: it sees the same picture, and its features are put behind the first's."""
@@ -85,6 +88,12 @@ class Vision(Strict):
             yield ("select",), "tokens before the grid have no counterpart in another tower; leave 'select' out"
         if native and raw.get("beside"):
             yield ("beside",), "towers side by side see squares; leave 'beside' out or choose another 'resize'"
+        others = raw.get("beside")
+        for i, other in enumerate(others if isinstance(others, list) else ()):
+            if view(other).get("path") == RAW_PATCHES:
+                yield ("beside", i, "path"), f"{RAW_PATCHES!r} is no tower, and stands alone"
+        if raw.get("path") == RAW_PATCHES and not native:
+            yield ("path",), f"{RAW_PATCHES!r} is no tower: pictures come in their own shape, with resize: native"
         if native and raw.get("native") is None:
             yield ("resize",), "'native' needs the section 'native', which says what sides pictures are brought to"
         if not native and raw.get("native") is not None:

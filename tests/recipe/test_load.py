@@ -163,6 +163,8 @@ def test_faults_inside_the_member_of_a_union_that_the_value_has_the_shape_of(wri
             ("  connector:", "  video: {subtitles: {text: '<video>{text} '}}\n  connector:"),
             "5:29: model.video.subtitles.text: ",
         ),
+        (("path: tower", "path: 'sparsevlm:patches'"), "3:18: model.vision.path: 'sparsevlm:patches' is no tower"),
+        (("path: tower", "path: tower, beside: [{path: 'sparsevlm:patches'}]"), "3:41: model.vision.beside.0.path: "),
         (("language: {", "language: {extra_tokens: [<a>, <video>], "), "4:34: model.language.extra_tokens.1: "),
         (("language: {", "language: {extra_tokens: [<a>, <b>, <a>], "), "4:39: model.language.extra_tokens.2: "),
     ],
