@@ -180,8 +180,8 @@ def count_frames(media: Media, video: VideoPolicy) -> int:
     return len(clip_indices(info.total, info.fps, media.start, media.end, video))
 
 
-def frame_size(media: Media) -> tuple[int, int]:
-    """Return ``(width, height)`` of the first frame or view of a medium; of a file, by decoding that frame.
+def frame_size(media: Media, video: VideoPolicy) -> tuple[int, int]:
+    """Return ``(width, height)`` of the first frame that `load_video` returns; of a file, by decoding that frame.
 
     Raises:
         BadSampleError: As `load_video`.
@@ -190,9 +190,11 @@ def frame_size(media: Media) -> tuple[int, int]:
         info = _probe(media.source)
         if isinstance(info, FilmInfo):
             return info.size
-        frame, _ = next(iter(stream_video(media.source, info, [0])))
+        first = clip_indices(info.total, info.fps, media.start, media.end, video)[0]
+        frame, _ = next(iter(stream_video(media.source, info, [first])))
         return frame.shape[1], frame.shape[0]
-    return image_size(Media(MediaKind.IMAGE, _frames_of(media)[0]))
+    frames = _frames_of(media)
+    return image_size(Media(MediaKind.IMAGE, frames[_memory_indices(media, len(frames), video)[0]]))
 
 
 def frame_times(media: Media, video: VideoPolicy) -> list[float]:

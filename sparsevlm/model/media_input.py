@@ -93,9 +93,9 @@ class MediaReader:
             frames = count_frames(media, self.policy)
             if is_film_features(media.source):
                 self._check(probe_film(media.source), frames)
-            return frames, frame_size(media) if native else None
+            return frames, frame_size(media, self.policy) if native else None
         if media.kind is MediaKind.MULTI_VIEW:
-            return len(media.source), frame_size(media) if native else None
+            return len(media.source), frame_size(media, self.policy) if native else None
         return 1, image_size(media) if self.spec.needs_size else None
 
     def pixels(self, seen: Seen) -> Tensor:

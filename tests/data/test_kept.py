@@ -52,7 +52,7 @@ def test_frames_are_drawn_as_from_the_film(tmp_path: Path) -> None:
             assert VideoFrames(media, policy).indices == VideoFrames(same, policy).indices
             assert count_frames(media, policy) == count_frames(same, policy)
             assert frame_times(media, policy) == frame_times(same, policy)
-    assert frame_size(whole) == (64, 48)
+    assert frame_size(whole, VideoPolicy()) == (64, 48)
     for look in (lambda: load_video(whole, VideoPolicy()), lambda: list(VideoFrames(whole, VideoPolicy()))):
         with pytest.raises(BadSampleError, match="holds no frames to look at"):
             look()

@@ -13,8 +13,10 @@ from PIL import Image
 
 from sparsevlm.adapters.attach import attach
 from sparsevlm.data.collate import Collator
+from sparsevlm.data.media import VideoPolicy
 from sparsevlm.data.sample import Media, Message, Sample
 from sparsevlm.model.build import build_model, load_model
+from sparsevlm.model.media_input import MediaReader
 from sparsevlm.recipe.adapter.mma import Mma
 from sparsevlm.recipe.adapter.selective import SliceLora
 from sparsevlm.recipe.schema import Model
@@ -88,6 +90,15 @@ def test_what_is_counted_is_what_is_given(native: Any) -> None:
         assert placeholders == processor.count_visual(kind, frames, size) == sum(encoded.visual_lengths)
         assert encoded.pixel_values.shape == (sum(item.grid.num_tokens for item in encoded.items), 3 * 8 * 8)
         assert processor.measure(sample(medium)) == (encoded.length, placeholders)
+
+
+def test_a_clip_is_measured_by_the_first_frame_that_is_drawn(native: Any) -> None:
+    _, processor = native
+    frames = [noise(64, 32), noise(24, 80, 1), noise(64, 32, 2)]
+    clip, middle = Media(MediaKind.VIDEO, frames, fps=1.0, start=1.0), Media(MediaKind.VIDEO, frames, fps=1.0)
+    assert processor.reader.measure(clip) == processor.reader.read(clip).extent == (2, (24, 80))
+    one = MediaReader(processor.image_spec, VideoPolicy(fps=None, max_frames=1))
+    assert one.measure(middle) == one.read(middle).extent == (1, (24, 80))
 
 
 def test_patches_show_the_picture(native: Any) -> None:
