@@ -452,7 +452,7 @@ def test_adapters_that_need_all_tokens_are_refused(adapter: dict[str, Any], matc
 def test_layers_that_are_not_there_are_a_fault_of_the_plan(tiny_parts: dict[str, str]) -> None:
     with pytest.raises(RecipeError, match=r"between 0 and 1") as caught:
         plan(recipe_of(tiny_parts, model={"fusion": {**EXPERT, "layers": [0, 2]}}))
-    assert [fault.path for fault in caught.value.faults] == ["model.fusion"]
+    assert [fault.path for fault in caught.value.faults] == ["model.fusion.layers"]
 
 
 def test_report_leaves_out_what_says_nothing() -> None:
