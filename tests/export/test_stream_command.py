@@ -104,7 +104,7 @@ def test_all_faults_at_once_with_their_flags(capsys: pytest.CaptureFixture[str])
         "--layers some: not alternate, all",
         "--top-k: top_k 5 is more than the 4 experts",
         "--jitter 2.0: input should be less than 1",
-        "--scoring max: input should be 'softmax', 'topk_softmax' or 'sigmoid'",
+        "--scoring max: input should be 'softmax', 'topk_softmax', 'sigmoid' or 'modality'",
         "--noise-std -1.0: input should be greater than or equal to 0",
     ):
         assert line in error, error
