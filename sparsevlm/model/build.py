@@ -145,8 +145,11 @@ def build_model(
     ours.model.vision_tower = tower
     ours.model.language_model = source.base_model
     ours.model.connector = build_connector(config)
-    for spec, block in zip(parse_connector(config.connector or []), ours.model.connector, strict=True):
-        spec.load_pretrained(block)
+    for i, (spec, block) in enumerate(zip(parse_connector(config.connector or []), ours.model.connector, strict=True)):
+        try:
+            spec.load_pretrained(block)
+        except ValueError as error:
+            raise ValueError(f"model.connector.{i} ({spec.type}): {error}") from error
     ours.model.connector.to(dtype)
     ids = some_tokens(config)
     reference = logits_of(source.eval(), ids)  # of the decoder as it came

@@ -78,6 +78,10 @@ def test_subtitles_belong_to_their_video_and_stay_in_the_media_root(context: Row
     assert video.subtitles == tmp_path / "film.srt"
     (video,) = media(VqaFormat(image=None).sample(row | {"subtitles": None}, context))
     assert video.subtitles is None
-    for value, reason in (("../film.srt", "leaves the media root"), (["film.srt"] * 2, "2 'subtitles' for 1"), (3, "not a path")):
+    for value, reason in (
+        ("../film.srt", "leaves the media root"),
+        (["film.srt"] * 2, "2 'subtitles' for 1"),
+        (3, "not a path"),
+    ):
         with pytest.raises(BadSampleError, match=reason):
             VqaFormat(image=None).sample(row | {"subtitles": value}, context)
