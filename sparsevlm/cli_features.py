@@ -36,4 +36,6 @@ def features(
     tower = open_tower(model, device, dtype)
     for film, kept in keep_films(tower, films, out, fps, block):
         frames, tokens, width = kept.shape
-        typer.echo(f"{film} -> {kept.path}: {frames:,} frames of {tokens} x {width}, {kept.num_bytes / 1e6:,.1f} MB")
+        there = " (was there)" if kept.was_there else ""
+        size = f"{frames:,} frames of {tokens} x {width}, {kept.num_bytes / 1e6:,.1f} MB"
+        typer.echo(f"{film} -> {kept.path}: {size}{there}")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsevlm.data.digest import media_digest
 from sparsevlm.data.kept import SUFFIX, probe_film, write_film
 from sparsevlm.data.media import VideoFrames
 from sparsevlm.data.sample import BadSampleError, Media
@@ -49,11 +50,12 @@ class TowerAlone(VisualMixin, nn.Module):
 
 @dataclass(frozen=True)
 class KeptFilm:
-    """What was written: its place, ``(T, n, D)``, and bytes."""
+    """What was written, or was there already: its place, ``(T, n, D)``, and bytes."""
 
     path: Path
     shape: tuple[int, ...]
     num_bytes: int
+    was_there: bool = False
 
 
 def open_tower(target: str, device: str | None = None, dtype: str = "auto") -> TowerAlone:
@@ -135,6 +137,7 @@ def keep_film(tower: TowerAlone, film: Path, out: Path, fps: float = 1.0, block:
             "tower": tower.tower_identity(),
             "pictures": picture_rules(tower.spec, video=True),
             "size": f"{width}x{height}",
+            "film": media_digest(media),
         }
         if out.exists():
             return _there(out, facts, len(frames))
@@ -151,12 +154,12 @@ def _there(out: Path, facts: dict[str, str], frames: int) -> KeptFilm:
         ValueError: It is not.
     """
     info = probe_film(out)
-    found = {"fps": str(info.fps), "tower": info.tower, "pictures": info.pictures}
+    found = {"fps": str(info.fps), "tower": info.tower, "pictures": info.pictures, "film": info.film}
     if info.total != frames or any(facts[name] != value for name, value in found.items()):
         raise ValueError(
             f"{out} is there and was made of another film, tower, size or rate; delete it, or write elsewhere"
         )
-    return KeptFilm(out, info.entry.shape, out.stat().st_size)
+    return KeptFilm(out, info.entry.shape, out.stat().st_size, was_there=True)
 
 
 def _size(frames: VideoFrames) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from sparsevlm.train.launch import train
 from sparsevlm.vision import encoder
 from sparsevlm.vision.tokens import MediaKind
 from tests import tiny
-from tests.data.media_files import write_video
+from tests.data.media_files import frame_pixels, write_video
 from tests.model.test_native_model import NATIVE
 from tests.model.test_native_model import recipe as native_recipe
 from tests.train.runs import write_recipe
@@ -191,9 +191,14 @@ def test_films_are_kept_once_and_never_mistaken(
     assert first.shape == (10, 16, 32) and first.path == folder / "film.safetensors"
     before = first.path.stat().st_mtime_ns
     ((_, again),) = keep_films(tower, [film], folder)
-    assert again == first and first.path.stat().st_mtime_ns == before
+    assert again == replace(first, was_there=True) and first.path.stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="is there and was made of another film, tower, size or rate"):
         list(keep_films(tower, [film], folder, fps=2.0))
+    other = tmp_path / "cut" / "film.mp4"  # as long, of other pictures
+    other.parent.mkdir()
+    write_video(other, frames=80, fps=8, pixels=lambda number: 255 - frame_pixels(number))
+    with pytest.raises(ValueError, match="is there and was made of another film"):
+        list(keep_films(tower, [other], folder))
     with pytest.raises(ValueError, match="two films have the same name"):
         list(keep_films(tower, [film, film.with_suffix(".webm")], folder))
     (tmp_path / "no.mp4").write_bytes(b"no film")

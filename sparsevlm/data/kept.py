@@ -61,12 +61,14 @@ class FilmInfo(VideoInfo):
         tower: Identity of the tower.
         pictures: What frames were brought to, as `picture_rules` wrote it.
         size: ``(width, height)`` of the film's frames.
+        film: Digest of the film's file.
     """
 
     entry: Entry
     tower: str
     pictures: str
     size: tuple[int, int]
+    film: str
 
 
 def tower_number(identity: str) -> int:
@@ -162,6 +164,7 @@ def probe_film(path: str | Path) -> FilmInfo:
         tower=said["tower"],
         pictures=said["pictures"],
         size=(int(width), int(height)),
+        film=said["film"],
     )
 
 

@@ -21,7 +21,7 @@ from sparsevlm.data.sample import BadSampleError, Media
 from sparsevlm.data.video import VideoPolicy
 from sparsevlm.vision.tokens import MediaKind
 
-FACTS = {"fps": "2", "tower": "0123456789abcdef0123", "pictures": "{}", "size": "64x48"}
+FACTS = {"fps": "2", "tower": "0123456789abcdef0123", "pictures": "{}", "size": "64x48", "film": "f1"}
 
 
 def write(path: Path, frames: int = 10, dtype: torch.dtype = torch.float32) -> Tensor:
