@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sparsevlm.recipe.adapter import ADAPTERS
-from sparsevlm.recipe.load import load_recipe
+from sparsevlm.recipe.adapter import ADAPTERS, QLora
+from sparsevlm.recipe.load import dump_recipe, load_recipe
 from sparsevlm.recipe.reference import recipe_json_schema
+from tests.adapters.specs import SPECS
 from tests.recipe.example import faults
 from tests.recipe.test_reference import complaints
 
@@ -34,6 +36,26 @@ stages:
     adapter:
       ADAPTER
 """
+
+
+@pytest.mark.parametrize(
+    "section",
+    [section for case in SPECS for section in (case.section, case.sparse) if section is not None]
+    + [QLora(type="qlora", double_quant=False), QLora(type="qlora", quantisation="fp4")],
+    ids=lambda section: f"{section.type}-{getattr(section, 'quantisation', '')}",
+)
+def test_what_a_run_writes_down_can_be_read(section: Any, tmp_path: Path) -> None:
+    """Processes of a run, and whoever continues it, read the recipe that the run wrote with every option."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(RECIPE.replace("      ADAPTER\n", f"      {json.dumps(section.model_dump(mode='json'))}\n"))
+    upcycled = any(target.startswith("moe.") for target in getattr(section, "targets", ()))
+    if upcycled:
+        file.write_text(file.read_text().replace("    steps: 10\n", "    steps: 10\n    upcycle: {}\n"))
+    recipe = load_recipe(file)
+    assert recipe.stages["tune"].adapter == section
+    file.write_text(dump_recipe(recipe))
+    assert load_recipe(file) == recipe
+
 
 AFTER = """\
   after:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from sparsevlm.recipe.adapter.lora import Lora
 from sparsevlm.recipe.section import CrossFault, names
@@ -33,6 +33,12 @@ class QLora(Lora):
     quantise: list[Literal["language", "vision", "connector"]] = Field(default=["language"], min_length=1)
     """Parts that are quantised: attention, FFNs and experts of the language model, linear layers of the tower, of the
     connector. A quantised connector does not train in full."""
+
+    @model_serializer(mode="wrap")
+    def _with_a_meaning(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what is refused with 8 bits: a recipe that is written down must be one that can be read."""
+        options = handler(self)
+        return {k: v for k, v in options.items() if k != "double_quant" or self.quantisation != "int8"}
 
     @classmethod
     def cross_faults(cls, raw: dict[str, Any]) -> Iterator[CrossFault]:
